@@ -1,0 +1,1 @@
+"""The daemon of one host: source and destination halves, and its gRPC servicers."""

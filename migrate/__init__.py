@@ -1,0 +1,1 @@
+"""Live migration of running AMD ROCm processes between hosts."""

@@ -1,0 +1,1 @@
+"""Moving memory: frames, chunks, codecs, sender, receiver, staging, verification."""

@@ -1,0 +1,131 @@
+"""The ``ProcessEngine`` seam: the CPU side of a process.
+
+``criu`` is the production engine, ``reexec`` the one that needs no root: the
+process's own runtime hands over its CPU state on a signal, at any instant.
+Both drive the GPU side through the same visitors, so that all that is said to KFD
+is said by the orchestrator's code.
+
+Everything is addressed by :class:`~migrate.model.ProcessRef` and idempotent, because
+an agent that comes back after kill -9 has nothing but its journal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+from migrate.dataplane.access import MemoryAccess
+from migrate.kfd.process import KfdProcess
+from migrate.model import ProcessRef, Value
+
+T = TypeVar("T", covariant=True)
+
+
+class Blocker(Value):
+    """Why a process can't be moved by an engine, as preflight sees it."""
+
+    reason: str
+    message: str
+    advice: str
+
+
+class Survey(Value):
+    """What an engine sees of a process before anything is touched."""
+
+    process: ProcessRef
+    command: tuple[str, ...]
+    uid: int
+    kfd_processes: tuple[int, ...]  # pids of the tree that have /dev/kfd open
+    cpu_bytes: int  # estimate of the CPU memory to move
+    blockers: tuple[Blocker, ...] = ()
+
+
+class CpuRange(Value):
+    """A range of a process's CPU memory, in bytes of its virtual address space."""
+
+    pid: int
+    address: int
+    length: int
+
+
+class CpuImage(Value):
+    """The CPU side of a frozen process: what is not memory contents.
+
+    ``state`` is the engine's own document (opaque to everybody else).
+    """
+
+    engine: str
+    state: bytes
+    ranges: tuple[CpuRange, ...]
+
+
+class Visitor(Protocol[T]):
+    """What the orchestrator does with a process's KFD side while the engine holds it."""
+
+    def __call__(self, kfd: Sequence[KfdProcess]) -> T:
+        """Called once with all KFD processes of the tree, every thread of them stopped."""
+
+
+class ProcessEngine(Protocol):
+    """Freeze, dump, restore held, release, kill. All methods raise MigrateError."""
+
+    name: str
+
+    def survey(self, pid: int) -> Survey:
+        """Look at a process. Raises NoSuchProcess, NotKfdProcess, ForeignProcess."""
+
+    # ------------------------------------------------------------ source
+
+    def snapshot(self, process: ProcessRef, visit: Visitor[T]) -> T:
+        """Stop every thread for a moment, let *visit* talk to KFD, let go.
+
+        If the agent dies inside, the helper that holds the process UNPAUSEs and lets go.
+        Raises PtraceDenied, AlreadyTraced, NoSuchProcess.
+        """
+
+    def freeze(self, process: ProcessRef) -> CpuImage:
+        """Stop the process at this instant so that it stays stopped if we die. Idempotent."""
+
+    def visit_frozen(self, process: ProcessRef, visit: Visitor[T]) -> T:
+        """As ``snapshot`` on a frozen process: *visit* may leave queues paused."""
+
+    def memory(self, process: ProcessRef, wanted: CpuRange) -> MemoryAccess:
+        """Read access to a range of a frozen process."""
+
+    def thaw(self, process: ProcessRef) -> None:
+        """Let a frozen process run. Idempotent; a process that is gone is no error."""
+
+    # ------------------------------------------------------------ destination
+
+    def restore(self, image: CpuImage, migration: str) -> HeldProcess:
+        """Build the process anew, without running any of its own code."""
+
+    # ------------------------------------------------------------ both
+
+    def kill(self, process: ProcessRef) -> None:
+        """End it for good and wait until it is gone. Idempotent."""
+
+    def is_alive(self, process: ProcessRef) -> bool:
+        """Whether this very process exists and is not a zombie."""
+
+    def is_frozen(self, process: ProcessRef) -> bool:
+        """Whether it exists and every thread of it is stopped by us."""
+
+
+class HeldProcess(Protocol):
+    """A process under construction at the destination: it exists, nothing of it runs."""
+
+    process: ProcessRef
+
+    @property
+    def kfd(self) -> Sequence[KfdProcess]:
+        """Its KFD processes, on freshly opened files; ioctls run inside the process."""
+
+    def memory(self, wanted: CpuRange) -> MemoryAccess:
+        """Write access to a range of the new process (for placement)."""
+
+    def finish(self) -> None:
+        """Map BOs, rebuild CPU state, and hold: stopped so that it outlives the agent."""
+
+    def release(self) -> None:
+        """Let it run (after RESUME of its queues)."""

@@ -1,0 +1,415 @@
+"""The error tree: every failure a user can see is one class here.
+
+A class owns its reason code (stable, upper case), its exit code (stable, one a
+reason) and its advice; an instance owns the message. The exit code groups are:
+
+* 1        a bug: please report
+* 2        usage: the command line, the inventory or a given file is wrong
+* 3        interrupted by the user
+* 10-29    a host or its agent can't be used
+* 30-49    the process can't be migrated as it is
+* 50-69    the destination can't take it
+* 70-89    the migration failed on the way and the source runs on
+* 90-99    the outcome needs an operator: see the ownership in the report
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MigrateError(Exception):
+    """Base of every error of the product.
+
+    ``reason`` is the stable code, ``exit_code`` the process exit code,
+    ``advice`` what a person can do about it.
+    """
+
+    reason: ClassVar[str] = "INTERNAL"
+    exit_code: ClassVar[int] = 1
+    advice: ClassVar[str] = "This is a bug in migrate. Please report it with the agents' logs."
+
+    def __init__(self, message: str, *, advice: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = advice if advice is not None else type(self).advice
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def by_reason(reason: str) -> type[MigrateError]:
+    """The class of a reason code; ``MigrateError`` itself for an unknown one."""
+    pending: list[type[MigrateError]] = [MigrateError]
+    while pending:
+        cls = pending.pop()
+        if cls.reason == reason:
+            return cls
+        pending.extend(cls.__subclasses__())
+    return MigrateError
+
+
+# ---------------------------------------------------------------- usage
+
+
+class UsageError(MigrateError):
+    """The command line or a file given on it is wrong."""
+
+    reason = "USAGE"
+    exit_code = 2
+    advice = "See --help of the command."
+
+
+class Interrupted(MigrateError):
+    """The user pressed Ctrl-C and chose to stop watching."""
+
+    reason = "INTERRUPTED"
+    exit_code = 3
+    advice = "The agents go on by themselves. `migrate watch ID` follows, `migrate abort ID` cancels."
+
+
+# ---------------------------------------------------------------- hosts and agents
+
+
+class UnknownHost(MigrateError):
+    """A host name that the inventory does not have."""
+
+    reason = "UNKNOWN_HOST"
+    exit_code = 10
+    advice = "`migrate hosts` lists the inventory; add the host there."
+
+
+class AgentUnreachable(MigrateError):
+    """No agent answers at the host's address."""
+
+    reason = "AGENT_UNREACHABLE"
+    exit_code = 11
+    advice = "Check that migrate-agent runs there and that its port is reachable."
+
+
+class CertificateRejected(MigrateError):
+    """TLS refused: wrong CA, expired, or not the name that was dialled."""
+
+    reason = "CERTIFICATE_REJECTED"
+    exit_code = 12
+    advice = "Check both certificates' issuer, dates and host name; enrol the agent anew if in doubt."
+
+
+class ProtocolMismatch(MigrateError):
+    """The peer speaks another version of the protocol."""
+
+    reason = "PROTOCOL_MISMATCH"
+    exit_code = 13
+    advice = "Install the same release of migrate on both hosts."
+
+
+class JournalUnusable(MigrateError):
+    """The journal can't be written or read (disk full, damaged)."""
+
+    reason = "JOURNAL_UNUSABLE"
+    exit_code = 14
+    advice = "Free space on the file system of the agent's run directory, then try again."
+
+
+class KfdUnavailable(MigrateError):
+    """The host has no usable KFD device."""
+
+    reason = "KFD_UNAVAILABLE"
+    exit_code = 15
+    advice = "Load amdgpu with KFD and CRIU support (CONFIG_HSA_AMD), or check the device's path."
+
+
+class BrokenTopology(UsageError):
+    """A topology tree that can't be read."""
+
+    reason = "BROKEN_TOPOLOGY"
+    exit_code = 2
+    advice = "Copy the whole tree of /sys/class/kfd/kfd/topology, empty folders included."
+
+
+class PermissionRefused(MigrateError):
+    """The caller's certificate does not allow the call."""
+
+    reason = "PERMISSION_REFUSED"
+    exit_code = 16
+    advice = "Use a client certificate with the role that the command needs."
+
+
+class AgentBusy(MigrateError):
+    """The process is already part of a migration, or a limit is reached."""
+
+    reason = "BUSY"
+    exit_code = 17
+    advice = "`migrate ps HOST` shows what is under way; wait for it or abort it."
+
+
+class UnknownMigration(MigrateError):
+    """No migration of that id is in the journal."""
+
+    reason = "UNKNOWN_MIGRATION"
+    exit_code = 18
+    advice = "Give the whole id, and the host that drove it."
+
+
+# ---------------------------------------------------------------- the process
+
+
+class NoSuchProcess(MigrateError):
+    """The pid does not exist, or another process has it now."""
+
+    reason = "NO_SUCH_PROCESS"
+    exit_code = 30
+    advice = "`migrate ps HOST` lists the processes that use KFD."
+
+
+class NotKfdProcess(MigrateError):
+    """The process has no open KFD device of this host."""
+
+    reason = "NOT_A_KFD_PROCESS"
+    exit_code = 31
+    advice = "`migrate ps HOST` lists the processes that use KFD."
+
+
+class ForeignProcess(MigrateError):
+    """The process belongs to another user and the agent may not trace it."""
+
+    reason = "FOREIGN_PROCESS"
+    exit_code = 32
+    advice = "Run the agent as root, or as the user that owns the process."
+
+
+class PtraceDenied(MigrateError):
+    """The kernel forbids PTRACE_SEIZE of the process."""
+
+    reason = "PTRACE_DENIED"
+    exit_code = 33
+    advice = (
+        "Run the agent as root, or set /proc/sys/kernel/yama/ptrace_scope to 0, or let the process"
+        " name the agent by prctl(PR_SET_PTRACER)."
+    )
+
+
+class AlreadyTraced(MigrateError):
+    """A debugger or another tracer holds the process."""
+
+    reason = "ALREADY_TRACED"
+    exit_code = 34
+    advice = "Detach the debugger named in the message, then try again."
+
+
+class MissingCapability(MigrateError):
+    """Neither CAP_CHECKPOINT_RESTORE nor CAP_SYS_ADMIN."""
+
+    reason = "MISSING_CAPABILITY"
+    exit_code = 35
+    advice = "Give the agent CAP_CHECKPOINT_RESTORE (systemd: AmbientCapabilities=)."
+
+
+class EngineUnsupported(MigrateError):
+    """The process can't be frozen and moved by this host's process engine."""
+
+    reason = "ENGINE_UNSUPPORTED"
+    exit_code = 36
+    advice = (
+        "The reexec engine moves programs that use its runtime; any other program needs the criu"
+        " engine (root)."
+    )
+
+
+class GpuWithoutVm(MigrateError):
+    """A visible GPU has no VM in the process: the kernel would oops."""
+
+    reason = "GPU_WITHOUT_VM"
+    exit_code = 37
+    advice = "Start the process so that it sees only GPUs it uses, or let it acquire every GPU's VM."
+
+
+class SvmUnsupported(MigrateError):
+    """The process has SVM ranges."""
+
+    reason = "SVM_UNSUPPORTED"
+    exit_code = 38
+    advice = "Start the process with SVM off (HSA_XNACK=0, no hipMallocManaged)."
+
+
+class ProcessExited(MigrateError):
+    """The process ended by itself while it was being migrated."""
+
+    reason = "PROCESS_EXITED"
+    exit_code = 39
+    advice = "Nothing is left to migrate. See the process's own log for why it ended."
+
+
+# ---------------------------------------------------------------- the destination
+
+
+class NoGpuMap(MigrateError):
+    """No assignment of destination GPUs satisfies every rule."""
+
+    reason = "NO_GPU_MAP"
+    exit_code = 50
+    advice = "`migrate map SRC DST --explain` shows each pair and the rule that forbids it."
+
+
+class InsufficientVram(MigrateError):
+    """The destination's GPUs have too little free VRAM."""
+
+    reason = "INSUFFICIENT_VRAM"
+    exit_code = 51
+    advice = "Free VRAM on the destination, or choose another destination or map."
+
+
+class InsufficientMemory(MigrateError):
+    """The destination's host memory can't hold CPU memory and staging."""
+
+    reason = "INSUFFICIENT_MEMORY"
+    exit_code = 52
+    advice = "Free host memory on the destination, or migrate without pre-copy (--no-precopy)."
+
+
+class LayoutMismatch(MigrateError):
+    """The two kernels lay out KFD private data differently."""
+
+    reason = "PRIVATE_DATA_LAYOUT"
+    exit_code = 53
+    advice = "Run kernels of the same KFD generation on both hosts."
+
+
+class VisibleGpus(MigrateError):
+    """The process sees more GPUs than the destination has."""
+
+    reason = "VISIBLE_GPUS"
+    exit_code = 54
+    advice = "Start the process with only the GPUs it uses visible, then migrate it."
+
+
+class SameHost(MigrateError):
+    """Source and destination are the same host."""
+
+    reason = "SAME_HOST"
+    exit_code = 55
+    advice = "Name two different hosts."
+
+
+# ---------------------------------------------------------------- on the way: source runs on
+
+
+class MigrationFailed(MigrateError):
+    """The migration failed; the source runs on."""
+
+    reason = "MIGRATION_FAILED"
+    exit_code = 70
+    advice = "The process runs on at the source. See the report's message, then try again."
+
+
+class Cancelled(MigrationFailed):
+    """The operator aborted the migration; the source runs on."""
+
+    reason = "CANCELLED"
+    exit_code = 71
+    advice = "The process runs on at the source."
+
+
+class StreamBroken(MigrationFailed):
+    """The chunk streams broke and could not be resumed in time."""
+
+    reason = "STREAM_BROKEN"
+    exit_code = 72
+    advice = "Check the network between the hosts, then try again."
+
+
+class FrameRejected(MigrationFailed):
+    """A frame was corrupt, truncated, forged, replayed or of another version."""
+
+    reason = "FRAME_REJECTED"
+    exit_code = 73
+    advice = "The data on the wire was altered. Check the network, memory and versions of both hosts."
+
+
+class VerificationFailed(MigrationFailed):
+    """Memory read back at the destination differs from the source's digests."""
+
+    reason = "VERIFICATION_FAILED"
+    exit_code = 74
+    advice = "The destination's copy was thrown away. Check its memory and GPU (ECC counters)."
+
+
+class CheckpointFailed(MigrationFailed):
+    """The kernel refused PROCESS_INFO, CHECKPOINT or UNPAUSE."""
+
+    reason = "CHECKPOINT_FAILED"
+    exit_code = 75
+    advice = "See the errno in the message and the source's kernel log."
+
+
+class RestoreFailed(MigrationFailed):
+    """The destination's kernel refused RESTORE, or the process could not be built."""
+
+    reason = "RESTORE_FAILED"
+    exit_code = 76
+    advice = "See the errno in the message and the destination's kernel log."
+
+
+class ObjectsChanged(MigrationFailed):
+    """The process made or freed GPU objects at a moment where that can't be followed."""
+
+    reason = "OBJECTS_CHANGED"
+    exit_code = 77
+    advice = "Try again; a process that allocates all the time may need --no-precopy."
+
+
+class FreezeTimeout(MigrationFailed):
+    """The process did not stop in time."""
+
+    reason = "FREEZE_TIMEOUT"
+    exit_code = 78
+    advice = "The process may be in an uninterruptible sleep; see /proc/PID/wchan. Try again later."
+
+
+class PeerLost(MigrationFailed):
+    """The peer agent went away before the handover; the source runs on."""
+
+    reason = "PEER_LOST"
+    exit_code = 79
+    advice = "Check the destination's agent and the network, then try again."
+
+
+class Refused(MigrationFailed):
+    """The destination refused the grant; the source runs on."""
+
+    reason = "REFUSED"
+    exit_code = 80
+    advice = "The destination could not start the copy; see its log. The process runs on at the source."
+
+
+class SchedulerHang(CheckpointFailed):
+    """The GPU's hardware scheduler hangs (ETIME)."""
+
+    reason = "SCHEDULER_HANG"
+    exit_code = 81
+    advice = "The GPU needs a reset; the process can't be moved."
+
+
+# ---------------------------------------------------------------- needs an operator
+
+
+class OwnerUnknown(MigrateError):
+    """The grant was sent and no answer came: the source stays frozen."""
+
+    reason = "OWNER_UNKNOWN"
+    exit_code = 90
+    advice = (
+        "The source keeps asking. If the destination is gone for good, fence it and use"
+        " `migrate resolve ID --owner HOST --fenced HOST`."
+    )
+
+
+class OwnedDead(MigrateError):
+    """The destination owned the process and it died there."""
+
+    reason = "OWNED_DEAD"
+    exit_code = 91
+    advice = (
+        "The copy ended after it was released. `migrate resolve ID` may give the frozen source the"
+        " ownership back; work after the freeze may then be repeated."
+    )

@@ -1,0 +1,1 @@
+"""gRPC adapters, TLS, and the generated protocol code."""

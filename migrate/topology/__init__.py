@@ -1,0 +1,1 @@
+"""GPU topology: model, matching rules, search and explanation."""

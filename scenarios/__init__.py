@@ -1,0 +1,1 @@
+"""Drills, workloads, simulation, benchmarks and the lab."""

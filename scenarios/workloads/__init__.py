@@ -1,0 +1,1 @@
+"""Programs that migrate: they speak the KFD ABI alone and check themselves."""

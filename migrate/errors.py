@@ -65,7 +65,9 @@ class Interrupted(MigrateError):
 
     reason = "INTERRUPTED"
     exit_code = 3
-    advice = "The agents go on by themselves. `migrate watch ID` follows, `migrate abort ID` cancels."
+    advice = (
+        "The agents go on by themselves. `migrate watch ID` follows, `migrate abort ID` cancels."
+    )
 
 
 # ---------------------------------------------------------------- hosts and agents
@@ -92,7 +94,9 @@ class CertificateRejected(MigrateError):
 
     reason = "CERTIFICATE_REJECTED"
     exit_code = 12
-    advice = "Check both certificates' issuer, dates and host name; enrol the agent anew if in doubt."
+    advice = (
+        "Check both certificates' issuer, dates and host name; enrol the agent anew if in doubt."
+    )
 
 
 class ProtocolMismatch(MigrateError):
@@ -221,7 +225,9 @@ class GpuWithoutVm(MigrateError):
 
     reason = "GPU_WITHOUT_VM"
     exit_code = 37
-    advice = "Start the process so that it sees only GPUs it uses, or let it acquire every GPU's VM."
+    advice = (
+        "Start the process so that it sees only GPUs it uses, or let it acquire every GPU's VM."
+    )
 
 
 class SvmUnsupported(MigrateError):
@@ -323,7 +329,9 @@ class FrameRejected(MigrationFailed):
 
     reason = "FRAME_REJECTED"
     exit_code = 73
-    advice = "The data on the wire was altered. Check the network, memory and versions of both hosts."
+    advice = (
+        "The data on the wire was altered. Check the network, memory and versions of both hosts."
+    )
 
 
 class VerificationFailed(MigrationFailed):
@@ -379,7 +387,9 @@ class Refused(MigrationFailed):
 
     reason = "REFUSED"
     exit_code = 80
-    advice = "The destination could not start the copy; see its log. The process runs on at the source."
+    advice = (
+        "The destination could not start the copy; see its log. The process runs on at the source."
+    )
 
 
 class SchedulerHang(CheckpointFailed):

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Self, dataclass_transform
 
 import msgspec
 
 
-class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
+class _ValueMeta(msgspec.StructMeta):
+    """Tells type checkers that subclasses of Value inherit frozen and kw_only."""
+
+
+class Value(
+    msgspec.Struct, metaclass=_ValueMeta, frozen=True, kw_only=True, forbid_unknown_fields=True
+):
     """Base of the value types: immutable, compared by value, JSON by msgspec."""
 
 

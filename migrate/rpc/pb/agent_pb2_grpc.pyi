@@ -1,0 +1,43 @@
+"""Generated from proto/migrate/v1 by migrate.rpc.generate. Do not edit."""
+from collections.abc import Iterator
+
+import grpc
+
+from migrate.rpc.pb import agent_pb2
+
+class AgentStub:
+    def __init__(self, channel: grpc.Channel): ...
+    Info: grpc.UnaryUnaryMultiCallable[agent_pb2.InfoRequest, agent_pb2.InfoReply]
+    ListProcesses: grpc.UnaryUnaryMultiCallable[agent_pb2.ListProcessesRequest, agent_pb2.ListProcessesReply]
+    Run: grpc.UnaryUnaryMultiCallable[agent_pb2.RunRequest, agent_pb2.RunReply]
+    Watch: grpc.UnaryStreamMultiCallable[agent_pb2.WatchRequest, agent_pb2.Event]
+    Show: grpc.UnaryUnaryMultiCallable[agent_pb2.ShowRequest, agent_pb2.ShowReply]
+    List: grpc.UnaryUnaryMultiCallable[agent_pb2.ListRequest, agent_pb2.ListReply]
+    Abort: grpc.UnaryUnaryMultiCallable[agent_pb2.AbortRequest, agent_pb2.AbortReply]
+
+class AgentServicer:
+    def Info(
+        self, request: agent_pb2.InfoRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.InfoReply: ...
+    def ListProcesses(
+        self, request: agent_pb2.ListProcessesRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.ListProcessesReply: ...
+    def Run(
+        self, request: agent_pb2.RunRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.RunReply: ...
+    def Watch(
+        self, request: agent_pb2.WatchRequest, context: grpc.ServicerContext
+    ) -> Iterator[agent_pb2.Event]: ...
+    def Show(
+        self, request: agent_pb2.ShowRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.ShowReply: ...
+    def List(
+        self, request: agent_pb2.ListRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.ListReply: ...
+    def Abort(
+        self, request: agent_pb2.AbortRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.AbortReply: ...
+
+def add_AgentServicer_to_server(
+    servicer: AgentServicer, server: grpc.Server
+) -> None: ...

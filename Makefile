@@ -1,0 +1,66 @@
+# Each target creates what it needs from nothing: `make demo` and `make test` in a fresh
+# clone are enough. No target needs root, and a second run finds its work done.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.stamp
+# A hanging test is ended by pytest-timeout; this ends a pytest that hangs itself.
+LIMIT ?= 600
+EVIDENCE := build/evidence
+
+.DELETE_ON_ERROR:
+.PHONY: help venv check test demo soak lab evidence clean
+
+help:
+	@echo 'make demo      move a running process between two simulated GPU hosts'
+	@echo 'make test      the tests, except those of soak and lab'
+	@echo 'make check     ruff, mypy, import layers, generated code'
+	@echo 'make soak      the long tests'
+	@echo 'make lab       the tests against the real driver in virtual GPU hosts'
+	@echo 'make evidence  reports of the demo in $(EVIDENCE)'
+	@echo 'make clean     remove .venv and all that was built'
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; ok = sys.version_info >= (3, 11); ok or sys.exit(\
+	"migrate needs Python 3.11 or later; $(PYTHON) is %d.%d. Try: make PYTHON=python3.12" \
+	% sys.version_info[:2])'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	echo 'Python has no venv module here. Debian, Ubuntu: apt install python3-venv' >&2; exit 1; }
+	@# An environment whose interpreter was removed can't be repaired, only replaced.
+	@$(BIN)/python -c '' 2>/dev/null || rm -rf .venv
+	@test -x $(BIN)/python || echo 'Creating .venv (once, a minute or two)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip -qq --disable-pip-version-check --no-input \
+	install --editable '.[dev]'
+	@touch $@
+
+check: $(STAMP)
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m migrate.rpc.generate --check
+
+test: $(STAMP)
+	timeout --kill-after=10 $(LIMIT) $(BIN)/python -m pytest -q -m 'not soak and not lab'
+
+demo: $(STAMP)
+	$(BIN)/migrate demo
+
+soak: $(STAMP)
+	$(BIN)/python -m pytest -q -m soak --timeout=3600
+
+lab: $(STAMP)
+	$(BIN)/python -m pytest -q -m lab --timeout=1800
+
+evidence: $(STAMP)
+	mkdir -p $(EVIDENCE)
+	$(BIN)/migrate demo --json > $(EVIDENCE)/demo.json
+	$(BIN)/migrate demo --vram 4GiB --json > $(EVIDENCE)/demo-4GiB.json
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	.import_linter_cache
+	find migrate agents scenarios tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,334 @@
+"""The handover: never two, never none. Sans-I/O: events in, effects out.
+
+Two small machines, one for each side. A driver feeds them what happened and performs
+the effects they answer with, **in order**; a ``Write`` is durable before the effect
+behind it is begun. Nothing here waits, reads a clock or does I/O, so that the same
+code runs in the agents and in a simulation.
+
+::
+
+    source                                destination
+      | <------------- Prepared(token) ----- |  journal PREPARED, then say so
+      | Hold: tree frozen so that it stays   |
+      | Write GRANTED(token, peer's store)   |
+      | ----------------- Grant(token) ----> |
+      |                                      |  Write OWNED; Resume; Release; seen alive
+      | <------------------------- OWNED --- |
+      | Write RELEASING; Kill; Write DONE    |
+
+Invariants, by name:
+
+ONE-RUNS      At no instant may both copies run: the source's is frozen from Hold until
+              UNDOING is durable, the destination's may run only after OWNED is durable,
+              and UNDOING after GRANTED needs REFUSED (which needs the copy ended).
+NO-TIMEOUT    After GRANTED no timeout, abort, restart or failure moves the source. Only
+              the destination's answer or an operator who fenced a host does.
+REFUSED-STAYS A destination that refused or aborted never runs that copy: a Grant that
+              comes later is refused again.
+NOT-KNOWN     "No record" and an answer from another journal (store id) are not refusals.
+WRITE-FIRST   Every decision is durable before its first effect, and every effect may be
+              done again, so a crash anywhere resumes from the last record.
+TOKEN         An answer or a grant with another token than the journaled one is ignored.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TypeAlias
+
+from migrate.model import Value
+from migrate.status import (
+    DESTINATION_TRANSITIONS,
+    SOURCE_TRANSITIONS,
+    DestinationState,
+    SourceState,
+    advance,
+)
+
+# ------------------------------------------------------------------ what is said
+
+
+class Answer(StrEnum):
+    """What a destination can answer to a Grant (proto: GrantReply.Answer)."""
+
+    OWNED = "OWNED"
+    REFUSED = "REFUSED"
+    OWNED_DEAD = "OWNED_DEAD"
+    NO_RECORD = "NO_RECORD"
+
+
+class Prepared(Value):
+    """The destination holds a placed and verified copy."""
+
+    token: bytes
+    store_id: str
+
+
+class Held(Value):
+    """The source's tree is frozen, and hook and watchdog will not thaw it."""
+
+
+class Answered(Value):
+    """The destination answered a Grant."""
+
+    answer: Answer
+    store_id: str
+    token: bytes
+
+
+class Failed(Value):
+    """Something before the grant failed, or an operator aborts."""
+
+    why: str
+
+
+class Restarted(Value):
+    """The agent came back from its journal. ``copy_present``: our copy still exists."""
+
+    copy_present: bool
+
+
+class Resolved(Value):
+    """An operator fenced a host and decided. ``source_owns``: who runs it from now on."""
+
+    source_owns: bool
+    fenced: str
+
+
+class Done(Value):
+    """The effects of the last decision are done (killed, or unpaused and thawed)."""
+
+
+SourceEvent: TypeAlias = Prepared | Held | Answered | Failed | Restarted | Resolved | Done
+
+
+class Built(Value):
+    """The copy is placed, verified and held."""
+
+    token: bytes
+
+
+class GrantCame(Value):
+    """A Grant arrived."""
+
+    token: bytes
+
+
+class CancelCame(Value):
+    """The source says that it did not and will not grant."""
+
+
+class FirstResumeFailed(Value):
+    """No queue and no task of the copy was started, and none will be."""
+
+
+class CopyDied(Value):
+    """The copy is gone though it was ours to run."""
+
+
+DestinationEvent: TypeAlias = (
+    Built | GrantCame | CancelCame | Failed | FirstResumeFailed | CopyDied | Restarted
+)
+
+# ------------------------------------------------------------------ what is to be done
+
+
+class Write(Value):
+    """Make a state durable."""
+
+    state: SourceState | DestinationState
+    token: bytes = b""
+    store_id: str = ""
+    note: str = ""
+
+
+class Hold(Value):
+    """Freeze the tree so that it outlives us; nobody thaws it from now on."""
+
+
+class SendGrant(Value):
+    """Send or repeat the Grant; its reply comes back as Answered."""
+
+    token: bytes
+
+
+class AskPrepared(Value):
+    """Ask the destination whether it holds a prepared copy."""
+
+
+class SendCancel(Value):
+    """Tell the destination that there will be no grant (best effort)."""
+
+
+class Undo(Value):
+    """UNPAUSE the queues, then thaw the tree. Then Done."""
+
+
+class Kill(Value):
+    """End our copy and wait until it is gone. On the source: then Done."""
+
+
+class Start(Value):
+    """RESUME every KFD process, then release the tasks (idempotent)."""
+
+
+class Reply(Value):
+    """Answer the Grant at hand. OWNED only after the copy was seen alive."""
+
+    answer: Answer
+
+
+SourceEffect: TypeAlias = Write | Hold | SendGrant | AskPrepared | SendCancel | Undo | Kill
+DestinationEffect: TypeAlias = Write | Start | Kill | Reply
+
+_BEFORE_GRANT = frozenset({SourceState.SETUP, SourceState.ACTIVE, SourceState.DEVICE})
+
+
+class SourceHandover:
+    """The source's half. ``state`` is what its journal says."""
+
+    def __init__(
+        self,
+        state: SourceState | None = None,
+        token: bytes = b"",
+        peer_store: str = "",
+    ) -> None:
+        self.state = state
+        self.token = token
+        self.peer_store = peer_store
+
+    def enter(self, state: SourceState) -> Write:
+        """Move on before the handover (SETUP, ACTIVE, DEVICE). Raises IllegalTransition."""
+        self.state = advance(SOURCE_TRANSITIONS, self.state, state)
+        return Write(state=state, token=self.token, store_id=self.peer_store)
+
+    def on(self, event: SourceEvent) -> tuple[SourceEffect, ...]:
+        """What to do about *event*; nothing for one that changes nothing."""
+        match event:
+            case Prepared(token=token, store_id=store) if self.state is SourceState.DEVICE:
+                self.token, self.peer_store = token, store
+                return (Hold(),)
+            case Held() if self.state is SourceState.DEVICE and self.token:
+                return self._grant()
+            case Answered():
+                return self._answered(event)
+            case Failed(why=why) if self.state in _BEFORE_GRANT:
+                return (SendCancel(), self._undoing(why), Undo())
+            case Restarted(copy_present=present):
+                return self._restarted(present)
+            case Resolved() if self.state is SourceState.GRANTED:
+                why = f"operator: {event.fenced} was fenced"
+                if event.source_owns:
+                    return (self._undoing(why), Undo())
+                return (self._releasing(why), Kill())
+            case Done() if self.state is SourceState.RELEASING:
+                return (self.enter(SourceState.DONE),)
+            case Done() if self.state is SourceState.UNDOING:
+                return (self.enter(SourceState.ROLLED_BACK),)
+        return ()
+
+    def _grant(self) -> tuple[SourceEffect, ...]:
+        # The point of no return: from this record on we alone may not thaw.
+        return (self.enter(SourceState.GRANTED), SendGrant(token=self.token))
+
+    def _answered(self, event: Answered) -> tuple[SourceEffect, ...]:
+        if self.state is not SourceState.GRANTED:
+            return ()
+        if event.store_id != self.peer_store or event.token != self.token:
+            return ()  # NOT-KNOWN, TOKEN
+        if event.answer is Answer.OWNED:
+            return (self._releasing(""), Kill())
+        if event.answer is Answer.REFUSED:
+            return (self._undoing("the destination refused the grant"), Undo())
+        return ()  # OWNED_DEAD, NO_RECORD: an operator decides
+
+    def _restarted(self, copy_present: bool) -> tuple[SourceEffect, ...]:
+        if self.state is SourceState.GRANTED:
+            return (Hold(), SendGrant(token=self.token))
+        if self.state is SourceState.RELEASING:
+            return (Kill(),)
+        if self.state is SourceState.UNDOING:
+            return (Undo(),)
+        if self.state is SourceState.DEVICE and not copy_present:
+            # The destination's copy may be the only one left: do not abort it.
+            return (AskPrepared(),)
+        if self.state in _BEFORE_GRANT:
+            return (SendCancel(), self._undoing("the agent was restarted"), Undo())
+        return ()
+
+    def _undoing(self, why: str) -> Write:
+        self.state = advance(SOURCE_TRANSITIONS, self.state, SourceState.UNDOING)
+        return Write(state=self.state, token=self.token, store_id=self.peer_store, note=why)
+
+    def _releasing(self, why: str) -> Write:
+        self.state = advance(SOURCE_TRANSITIONS, self.state, SourceState.RELEASING)
+        return Write(state=self.state, token=self.token, store_id=self.peer_store, note=why)
+
+
+_UNGRANTED = frozenset(
+    {DestinationState.RESERVED, DestinationState.RESTORING, DestinationState.PREPARED}
+)
+_NEVER_RAN = frozenset({DestinationState.REFUSED, DestinationState.ABORTED})
+
+
+class DestinationHandover:
+    """The destination's half. ``state`` is what its journal says; None: no record."""
+
+    def __init__(self, state: DestinationState | None = None, token: bytes = b"") -> None:
+        self.state = state
+        self.token = token
+
+    def enter(self, state: DestinationState) -> Write:
+        """Move on. Raises IllegalTransition."""
+        self.state = advance(DESTINATION_TRANSITIONS, self.state, state)
+        return Write(state=state, token=self.token)
+
+    def on(self, event: DestinationEvent) -> tuple[DestinationEffect, ...]:
+        """What to do about *event*; nothing for one that changes nothing."""
+        match event:
+            case Built(token=token) if self.state is DestinationState.RESTORING:
+                self.token = token
+                return (self.enter(DestinationState.PREPARED),)
+            case GrantCame(token=token):
+                return self._granted(token)
+            case CancelCame() | Failed() if self.state in _UNGRANTED:
+                return (Kill(), self.enter(DestinationState.ABORTED))
+            case FirstResumeFailed() if self.state is DestinationState.OWNED:
+                # Nothing ran and nobody was told OWNED: it may still be refused.
+                return (Kill(), self.enter(DestinationState.REFUSED), Reply(answer=Answer.REFUSED))
+            case CopyDied() if self.state is DestinationState.OWNED:
+                return (self.enter(DestinationState.OWNED_DEAD), Reply(answer=Answer.OWNED_DEAD))
+            case Restarted(copy_present=present):
+                return self._restarted(present)
+        return ()
+
+    def _granted(self, token: bytes) -> tuple[DestinationEffect, ...]:
+        if self.state is None:
+            return (Reply(answer=Answer.NO_RECORD),)
+        if self.state in _NEVER_RAN:
+            return (Reply(answer=Answer.REFUSED),)
+        if self.state is DestinationState.OWNED_DEAD:
+            return (Reply(answer=Answer.OWNED_DEAD),)
+        if token != self.token or self.state in {
+            DestinationState.RESERVED,
+            DestinationState.RESTORING,
+        }:
+            return ()  # TOKEN: not the grant of this copy
+        if self.state is DestinationState.OWNED:
+            return (Start(), Reply(answer=Answer.OWNED))
+        return (
+            self.enter(DestinationState.OWNED),
+            Start(),
+            Reply(answer=Answer.OWNED),
+        )
+
+    def _restarted(self, copy_present: bool) -> tuple[DestinationEffect, ...]:
+        if self.state in _UNGRANTED:
+            return (Kill(), self.enter(DestinationState.ABORTED))
+        if self.state in _NEVER_RAN:
+            return (Kill(),)  # leavings of a crash between the record and the kill
+        if self.state is DestinationState.OWNED:
+            if copy_present:
+                return (Start(),)
+            return (self.enter(DestinationState.OWNED_DEAD),)
+        return ()

@@ -1,0 +1,79 @@
+"""What the two sides agree on: options, needs, and the order to restore."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from migrate.engine.seam import CpuImage, CpuRange
+from migrate.kfd.process import KfdCheckpoint
+from migrate.model import GpuMap, Value
+
+PROTOCOL = 1  # raised when either proto/ or a document below changes its meaning
+CHUNK = 256 * 1024  # hash grain in bytes
+
+
+class Options(Value):
+    """What a user may choose for one migration."""
+
+    precopy: bool = True
+    max_rounds: int = 5
+    max_downtime: float = 0.5  # seconds; the rounds stop when the prediction is below
+    bandwidth: int | None = None  # bytes a second, None for no limit
+    streams: int = 2
+    gpu_map: str = ""  # as the user typed it: OLD=NEW,...
+    relax: tuple[str, ...] = ()
+    patience: float = 60.0  # seconds without an answer before a step fails
+
+
+class KfdNeeds(Value):
+    """What one KFD process needs at the destination.
+
+    ``gpus``: actual gpu_ids at the source, visible to it. ``vram``: bytes by actual
+    gpu_id. ``priv_bo_size``: bytes of a BO record in private data (80 or 272).
+    """
+
+    gpus: tuple[int, ...]
+    vram: dict[int, int]
+    priv_bo_size: int
+
+
+class Needs(Value):
+    """What the process needs at the destination, as preflight saw it."""
+
+    processes: tuple[KfdNeeds, ...]
+    memory: int  # bytes of host memory: staging plus CPU memory plus GTT
+    quota: int  # bytes the chunk streams may carry at most: sum of all object sizes
+
+
+class ObjectKind(StrEnum):
+    """What an object's bytes are."""
+
+    VRAM = "vram"
+    GTT = "gtt"
+    CPU = "cpu"
+
+
+class BoKey(Value):
+    """Which BO: the KFD process (by order in the tree) and its handle."""
+
+    process: int
+    index: int  # of the BO bucket in the final checkpoint
+
+
+class ObjectOrder(Value):
+    """One object of the data plane and where its bytes belong."""
+
+    object_id: int
+    kind: ObjectKind
+    size: int
+    bo: BoKey | None = None
+    cpu: CpuRange | None = None
+
+
+class RestoreOrder(Value):
+    """Everything but memory contents. Sent once, when the source is frozen."""
+
+    gpu_map: GpuMap
+    image: CpuImage
+    checkpoints: tuple[KfdCheckpoint, ...]
+    objects: tuple[ObjectOrder, ...]

@@ -1,0 +1,175 @@
+"""The report of a migration, its events and the process list: one versioned schema.
+
+``migrate show --json``, ``migrate run --json``, the gRPC API and the journal carry
+these documents. Fields are added, never renamed; a changed meaning is a new version.
+All sizes are bytes, all durations seconds by a monotonic clock.
+"""
+
+from __future__ import annotations
+
+from migrate.model import Value
+from migrate.status import Owner, Status
+
+REPORT_SCHEMA = "migrate.report/1"
+EVENT_SCHEMA = "migrate.event/1"
+
+
+class End(Value):
+    """One end of a migration. ``pid`` is None while there is no process there."""
+
+    host: str
+    pid: int | None = None
+
+
+class Phase(Value):
+    """One phase of the migration, in order, with the time it took."""
+
+    name: str
+    seconds: float
+
+
+class Downtime(Value):
+    """From the first stopped thread to the released copy; the parts add up to it.
+
+    ``stop``: until every thread stands. ``checkpoint``: KFD PROCESS_INFO and
+    CHECKPOINT. ``delta``: hashing and sending what the destination lacks. ``build``:
+    the new process and KFD RESTORE. ``placement`` and ``read_back``: writing all bytes
+    into the buffers and checking them. ``engine``: the rest of the CPU side, and
+    messages. ``handover``: PREPARED to the released copy.
+    """
+
+    seconds: float
+    stop: float
+    checkpoint: float
+    delta: float
+    build: float
+    placement: float
+    read_back: float
+    engine: float
+    handover: float
+
+
+class Round(Value):
+    """One pass over the memory. The last one ran while the process stood."""
+
+    number: int
+    frozen: bool
+    objects: int
+    scanned: int
+    changed: int
+    zero: int
+    unchanged: int
+    wire: int
+    seconds: float
+
+
+class Bytes(Value):
+    """Sizes of what was moved, and what became of it over all rounds."""
+
+    vram: int = 0
+    gtt: int = 0
+    cpu: int = 0
+    zero: int = 0
+    unchanged: int = 0
+    wire: int = 0
+
+
+class GpuRow(Value):
+    """Which GPU took the place of which. ``user_gpu_id`` is what the process sees, always."""
+
+    user_gpu_id: int
+    source_gpu_id: int
+    destination_gpu_id: int
+
+
+class PeakMemory(Value):
+    """Peak of one agent and its helpers in bytes.
+
+    ``agent`` is PSS without the memory of BOs and staging; ``staging`` is listed apart.
+    """
+
+    agent: int = 0
+    staging: int = 0
+
+
+class Failure(Value):
+    """Why a migration did not do what was asked, and what to do now."""
+
+    reason: str
+    message: str
+    advice: str
+    exit_code: int
+    detail: str = ""
+
+
+class DestinationFigures(Value):
+    """What only the destination can measure; part of its answers."""
+
+    pid: int | None = None
+    build: float = 0.0
+    placement: float = 0.0
+    read_back: float = 0.0
+    engine: float = 0.0
+    after_release: float = 0.0
+    chunks_verified: int = 0
+    peak: PeakMemory = PeakMemory()
+
+
+class Report(Value):
+    """All of a migration. ``running`` is "source", "destination", "nowhere" or "unknown"."""
+
+    schema: str = REPORT_SCHEMA
+    id: str
+    status: Status
+    owner: Owner
+    running: str
+    source: End
+    destination: End
+    command: tuple[str, ...] = ()
+    engine: str = ""
+    started: str = ""
+    seconds: float = 0.0
+    phases: tuple[Phase, ...] = ()
+    downtime: Downtime | None = None
+    predicted_downtime: float | None = None
+    rounds: tuple[Round, ...] = ()
+    bytes: Bytes = Bytes()
+    codecs: dict[str, float] = {}
+    gpu_map: tuple[GpuRow, ...] = ()
+    chunks_verified: int = 0
+    source_peak: PeakMemory = PeakMemory()
+    destination_peak: PeakMemory = PeakMemory()
+    failure: Failure | None = None
+
+
+class Event(Value):
+    """One line of ``migrate watch --json``.
+
+    ``rate`` is bytes a second scanned in the round at hand, ``left`` bytes of it still
+    to look at, ``predicted_downtime`` seconds if the process were stopped now.
+    """
+
+    schema: str = EVENT_SCHEMA
+    id: str
+    sequence: int
+    status: Status
+    owner: Owner
+    phase: str
+    message: str = ""
+    round: int = 0
+    rate: float = 0.0
+    left: int = 0
+    total: int = 0
+    predicted_downtime: float | None = None
+    ended: bool = False
+
+
+class ProcessRow(Value):
+    """One process of ``migrate ps``. ``vram`` is bytes by actual gpu_id."""
+
+    pid: int
+    command: str
+    uid: int
+    vram: dict[int, int]
+    queues: int
+    migration: str | None = None

@@ -7,6 +7,8 @@ All sizes are bytes, all durations seconds by a monotonic clock.
 
 from __future__ import annotations
 
+import msgspec
+
 from migrate.model import Value
 from migrate.status import Owner, Status
 
@@ -118,7 +120,6 @@ class DestinationFigures(Value):
 class Report(Value):
     """All of a migration. ``running`` is "source", "destination", "nowhere" or "unknown"."""
 
-    schema: str = REPORT_SCHEMA
     id: str
     status: Status
     owner: Owner
@@ -134,12 +135,13 @@ class Report(Value):
     predicted_downtime: float | None = None
     rounds: tuple[Round, ...] = ()
     bytes: Bytes = Bytes()
-    codecs: dict[str, float] = {}
+    codecs: dict[str, float] = msgspec.field(default_factory=dict)
     gpu_map: tuple[GpuRow, ...] = ()
     chunks_verified: int = 0
     source_peak: PeakMemory = PeakMemory()
     destination_peak: PeakMemory = PeakMemory()
     failure: Failure | None = None
+    schema: str = REPORT_SCHEMA
 
 
 class Event(Value):
@@ -149,7 +151,6 @@ class Event(Value):
     to look at, ``predicted_downtime`` seconds if the process were stopped now.
     """
 
-    schema: str = EVENT_SCHEMA
     id: str
     sequence: int
     status: Status
@@ -162,6 +163,7 @@ class Event(Value):
     total: int = 0
     predicted_downtime: float | None = None
     ended: bool = False
+    schema: str = EVENT_SCHEMA
 
 
 class ProcessRow(Value):

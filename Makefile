@@ -9,7 +9,7 @@ LIMIT ?= 600
 EVIDENCE := build/evidence
 
 .DELETE_ON_ERROR:
-.PHONY: help venv check test demo soak lab evidence clean
+.PHONY: help gone venv check test demo soak lab evidence clean
 
 help:
 	@echo 'make demo      move a running process between two simulated GPU hosts'
@@ -22,7 +22,12 @@ help:
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml
+gone:
+
+# Made anew also if its interpreter is gone (an upgrade of the system's Python).
+$(STAMP): pyproject.toml $(if $(realpath $(BIN)/python),,gone)
+	@command -v $(PYTHON) >/dev/null || { \
+	echo 'migrate needs Python 3.11 or later; there is no $(PYTHON) here' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; ok = sys.version_info >= (3, 11); ok or sys.exit(\
 	"migrate needs Python 3.11 or later; $(PYTHON) is %d.%d. Try: make PYTHON=python3.12" \
 	% sys.version_info[:2])'

@@ -1,9 +1,10 @@
 """The handover: never two, never none. Sans-I/O: events in, effects out.
 
 Two small machines, one for each side. A driver feeds them what happened and performs
-the effects they answer with, **in order**; a ``Write`` is durable before the effect
-behind it is begun. Nothing here waits, reads a clock or does I/O, so that the same
-code runs in the agents and in a simulation.
+the effects they answer with, **in order**; a ``Write`` is durable, and reported back
+by ``wrote``, before the effect behind it is begun. So ``state`` is always what the
+journal says, also when the disk is full. Nothing here waits, reads a clock or does
+I/O, so that the same code runs in the agents and in a simulation.
 
 ::
 
@@ -197,10 +198,15 @@ class SourceHandover:
         self.token = token
         self.peer_store = peer_store
 
-    def enter(self, state: SourceState) -> Write:
-        """Move on before the handover (SETUP, ACTIVE, DEVICE). Raises IllegalTransition."""
-        self.state = advance(SOURCE_TRANSITIONS, self.state, state)
-        return Write(state=state, token=self.token, store_id=self.peer_store)
+    def to(self, state: SourceState, note: str = "") -> Write:
+        """The record that moves on to *state*. Raises IllegalTransition."""
+        advance(SOURCE_TRANSITIONS, self.state, state)
+        return Write(state=state, token=self.token, store_id=self.peer_store, note=note)
+
+    def wrote(self, record: Write) -> None:
+        """*record* is durable."""
+        assert isinstance(record.state, SourceState)
+        self.state = advance(SOURCE_TRANSITIONS, self.state, record.state)
 
     def on(self, event: SourceEvent) -> tuple[SourceEffect, ...]:
         """What to do about *event*; nothing for one that changes nothing."""
@@ -213,23 +219,23 @@ class SourceHandover:
             case Answered():
                 return self._answered(event)
             case Failed(why=why) if self.state in _BEFORE_GRANT:
-                return (SendCancel(), self._undoing(why), Undo())
+                return (SendCancel(), self.to(SourceState.UNDOING, why), Undo())
             case Restarted(copy_present=present):
                 return self._restarted(present)
             case Resolved() if self.state is SourceState.GRANTED:
                 why = f"operator: {event.fenced} was fenced"
                 if event.source_owns:
-                    return (self._undoing(why), Undo())
-                return (self._releasing(why), Kill())
+                    return (self.to(SourceState.UNDOING, why), Undo())
+                return (self.to(SourceState.RELEASING, why), Kill())
             case Done() if self.state is SourceState.RELEASING:
-                return (self.enter(SourceState.DONE),)
+                return (self.to(SourceState.DONE),)
             case Done() if self.state is SourceState.UNDOING:
-                return (self.enter(SourceState.ROLLED_BACK),)
+                return (self.to(SourceState.ROLLED_BACK),)
         return ()
 
     def _grant(self) -> tuple[SourceEffect, ...]:
         # The point of no return: from this record on we alone may not thaw.
-        return (self.enter(SourceState.GRANTED), SendGrant(token=self.token))
+        return (self.to(SourceState.GRANTED), SendGrant(token=self.token))
 
     def _answered(self, event: Answered) -> tuple[SourceEffect, ...]:
         if self.state is not SourceState.GRANTED:
@@ -237,9 +243,9 @@ class SourceHandover:
         if event.store_id != self.peer_store or event.token != self.token:
             return ()  # NOT-KNOWN, TOKEN
         if event.answer is Answer.OWNED:
-            return (self._releasing(""), Kill())
+            return (self.to(SourceState.RELEASING), Kill())
         if event.answer is Answer.REFUSED:
-            return (self._undoing("the destination refused the grant"), Undo())
+            return (self.to(SourceState.UNDOING, "the destination refused the grant"), Undo())
         return ()  # OWNED_DEAD, NO_RECORD: an operator decides
 
     def _restarted(self, copy_present: bool) -> tuple[SourceEffect, ...]:
@@ -253,16 +259,8 @@ class SourceHandover:
             # The destination's copy may be the only one left: do not abort it.
             return (AskPrepared(),)
         if self.state in _BEFORE_GRANT:
-            return (SendCancel(), self._undoing("the agent was restarted"), Undo())
+            return (SendCancel(), self.to(SourceState.UNDOING, "the agent was restarted"), Undo())
         return ()
-
-    def _undoing(self, why: str) -> Write:
-        self.state = advance(SOURCE_TRANSITIONS, self.state, SourceState.UNDOING)
-        return Write(state=self.state, token=self.token, store_id=self.peer_store, note=why)
-
-    def _releasing(self, why: str) -> Write:
-        self.state = advance(SOURCE_TRANSITIONS, self.state, SourceState.RELEASING)
-        return Write(state=self.state, token=self.token, store_id=self.peer_store, note=why)
 
 
 _UNGRANTED = frozenset(
@@ -278,26 +276,31 @@ class DestinationHandover:
         self.state = state
         self.token = token
 
-    def enter(self, state: DestinationState) -> Write:
-        """Move on. Raises IllegalTransition."""
-        self.state = advance(DESTINATION_TRANSITIONS, self.state, state)
+    def to(self, state: DestinationState) -> Write:
+        """The record that moves on to *state*. Raises IllegalTransition."""
+        advance(DESTINATION_TRANSITIONS, self.state, state)
         return Write(state=state, token=self.token)
+
+    def wrote(self, record: Write) -> None:
+        """*record* is durable."""
+        assert isinstance(record.state, DestinationState)
+        self.state = advance(DESTINATION_TRANSITIONS, self.state, record.state)
 
     def on(self, event: DestinationEvent) -> tuple[DestinationEffect, ...]:
         """What to do about *event*; nothing for one that changes nothing."""
         match event:
             case Built(token=token) if self.state is DestinationState.RESTORING:
                 self.token = token
-                return (self.enter(DestinationState.PREPARED),)
+                return (self.to(DestinationState.PREPARED),)
             case GrantCame(token=token):
                 return self._granted(token)
             case CancelCame() | Failed() if self.state in _UNGRANTED:
-                return (Kill(), self.enter(DestinationState.ABORTED))
+                return (Kill(), self.to(DestinationState.ABORTED))
             case FirstResumeFailed() if self.state is DestinationState.OWNED:
                 # Nothing ran and nobody was told OWNED: it may still be refused.
-                return (Kill(), self.enter(DestinationState.REFUSED), Reply(answer=Answer.REFUSED))
+                return (Kill(), self.to(DestinationState.REFUSED), Reply(answer=Answer.REFUSED))
             case CopyDied() if self.state is DestinationState.OWNED:
-                return (self.enter(DestinationState.OWNED_DEAD), Reply(answer=Answer.OWNED_DEAD))
+                return (self.to(DestinationState.OWNED_DEAD), Reply(answer=Answer.OWNED_DEAD))
             case Restarted(copy_present=present):
                 return self._restarted(present)
         return ()
@@ -317,18 +320,18 @@ class DestinationHandover:
         if self.state is DestinationState.OWNED:
             return (Start(), Reply(answer=Answer.OWNED))
         return (
-            self.enter(DestinationState.OWNED),
+            self.to(DestinationState.OWNED),
             Start(),
             Reply(answer=Answer.OWNED),
         )
 
     def _restarted(self, copy_present: bool) -> tuple[DestinationEffect, ...]:
         if self.state in _UNGRANTED:
-            return (Kill(), self.enter(DestinationState.ABORTED))
+            return (Kill(), self.to(DestinationState.ABORTED))
         if self.state in _NEVER_RAN:
             return (Kill(),)  # leavings of a crash between the record and the kill
         if self.state is DestinationState.OWNED:
             if copy_present:
                 return (Start(),)
-            return (self.enter(DestinationState.OWNED_DEAD),)
+            return (self.to(DestinationState.OWNED_DEAD),)
         return ()

@@ -1,0 +1,77 @@
+"""The ``Peer`` seam: what a source says to its destination, and what comes back.
+
+gRPC in the agents (``migrate.rpc.peer``), in memory in a simulation. A call that gets
+no answer raises PeerLost; a refusal arrives as the MigrateError it was over there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from migrate.model import GpuMap, Value
+from migrate.orchestrator.handover import Answer
+from migrate.orchestrator.plan import Needs, Options, RestoreOrder
+from migrate.report import DestinationFigures
+from migrate.topology.model import Topology
+
+
+class Reservation(Value):
+    """The destination is ready to receive."""
+
+    store_id: str
+    gpu_map: GpuMap
+    data_address: str
+    data_port: int
+    session_id: bytes
+    session_secret: bytes
+
+
+class PreparedReply(Value):
+    """The destination holds the copy."""
+
+    store_id: str
+    token: bytes
+    figures: DestinationFigures
+
+
+class GrantReply(Value):
+    """The destination's answer to a grant."""
+
+    answer: Answer
+    store_id: str
+    message: str
+    figures: DestinationFigures
+
+
+class PeerState(Value):
+    """What the other journal says; ``state`` is empty if it has no record."""
+
+    state: str
+    store_id: str
+    token: bytes
+
+
+class Peer(Protocol):
+    """One other agent."""
+
+    name: str
+
+    def reserve(
+        self, migration: str, engine: str, needs: Needs, topology: Topology, options: Options
+    ) -> Reservation:
+        """Ask for room. Raises NoGpuMap, InsufficientVram and the like."""
+
+    def restore(
+        self, migration: str, order: RestoreOrder, manifest: Mapping[int, bytes]
+    ) -> PreparedReply:
+        """Build, place, verify and hold the copy."""
+
+    def grant(self, migration: str, token: bytes) -> GrantReply:
+        """Give the process away. Safe to repeat."""
+
+    def cancel(self, migration: str, reason: str) -> bool:
+        """End an attempt that was not granted. False: it is owned over there."""
+
+    def query(self, migration: str) -> PeerState:
+        """Ask what the other journal says."""

@@ -1,0 +1,617 @@
+"""An ioctl as a message: what its struct points to and which of its fields are fds.
+
+The one table of this file says for each KFD ioctl where user pointers and file
+descriptors hide. It serves whoever carries an ioctl elsewhere: the simulated node's
+client and node, and the executor that runs an ioctl in another process.
+
+    caller:    call = pack(request, arg)      ->  wire, fds by SCM_RIGHTS
+    executor:  reply = execute(call, file)    <-  (or the simulated node, by itself)
+    caller:    apply(reply, request, arg)
+
+On the wire an fd field holds an index into ``fds`` of the call or reply, or
+KFD_INVALID_FD. A call packed with ``remote_fds=True`` is the exception: its incoming
+fd fields are numbers that are valid where the ioctl runs, and travel as they are.
+
+Wire format, little-endian. It describes itself, so that an executor in C needs no
+table; executors in Python still check it against the table.
+
+    call:  "KFDC" u16 version, u16 flags, u32 request, u32 arg size, u32 regions,
+           u32 fd slots, u32 fds,
+           regions: u64 pointer, u64 length, u32 offset of the pointer in arg, u32 direction
+           slots:   u32 region (0xffffffff: arg), u32 offset, u32 stride, u32 count,
+                    u32 direction
+           arg, then the bytes of each region whose direction has IN
+    reply: "KFDR" u16 version, u16 flags (0), u32 errno, u32 arg size, u32 regions, u32 fds,
+           regions: u64 length
+           arg, then the bytes of each region
+
+A message does not fit into one packet of a socket in general (and SCM_RIGHTS carries
+at most 253 fds): framing is the transport's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Callable, Iterator
+from enum import IntFlag
+from typing import Any, NamedTuple
+
+from migrate.errors import FrameRejected
+from migrate.kfd import uapi
+from migrate.kfd.file import KfdFile
+from migrate.kfd.usermem import GuardedBuffer, read_memory, write_memory
+from migrate.model import Value
+
+MAX_REGION = 256 << 20  # bytes; the biggest honest one is private data with control stacks
+MAX_FDS = 1 << 20
+ARG = 0xFFFFFFFF  # FdSlot.region of a field of the argument itself
+
+
+class Direction(IntFlag):
+    """Which way bytes or an fd travel, as the kernel sees it."""
+
+    IN = 1
+    OUT = 2
+    INOUT = 3
+
+
+# ---------------------------------------------------------------- the table
+
+
+class Pointer(NamedTuple):
+    """A field that points to *elements(arg)* elements of *element* bytes."""
+
+    field: str
+    direction: Direction
+    element: int
+    elements: Callable[[ctypes.Structure], int]
+    fd_offset: int | None = None  # of an fd in each element
+    fd_direction: Direction = Direction.IN
+
+
+class Entry(NamedTuple):
+    """What one ioctl has beside plain numbers."""
+
+    struct: type[ctypes.Structure]
+    pointers: tuple[Pointer, ...] = ()
+    fd_field: str | None = None
+    fd_direction: Direction = Direction.IN
+
+
+def _count(field: str) -> Callable[[ctypes.Structure], int]:
+    return lambda arg: int(getattr(arg, field))
+
+
+_DEVICE = ctypes.sizeof(uapi.kfd_criu_device_bucket)
+_BO = ctypes.sizeof(uapi.kfd_criu_bo_bucket)
+_DRM_FD = uapi.kfd_criu_device_bucket.drm_fd.offset
+_DMABUF_FD = uapi.kfd_criu_bo_bucket.dmabuf_fd.offset
+_CU_MASK_BITS = 1024  # kfd_ioctl_set_cu_mask reads no more
+
+_CRIU_POINTERS = {
+    uapi.KFD_CRIU_OP_CHECKPOINT: (
+        Pointer("devices", Direction.OUT, _DEVICE, _count("num_devices")),
+        Pointer("bos", Direction.OUT, _BO, _count("num_bos"), _DMABUF_FD, Direction.OUT),
+        Pointer("priv_data", Direction.OUT, 1, _count("priv_data_size")),
+    ),
+    uapi.KFD_CRIU_OP_RESTORE: (
+        Pointer("devices", Direction.IN, _DEVICE, _count("num_devices"), _DRM_FD, Direction.IN),
+        Pointer("bos", Direction.INOUT, _BO, _count("num_bos"), _DMABUF_FD, Direction.OUT),
+        Pointer("priv_data", Direction.IN, 1, _count("priv_data_size")),
+    ),
+}
+
+_TABLE: dict[int, Entry] = {
+    uapi.AMDKFD_IOC_GET_PROCESS_APERTURES_NEW: Entry(
+        uapi.kfd_ioctl_get_process_apertures_new_args,
+        (
+            Pointer(
+                "kfd_process_device_apertures_ptr",
+                Direction.OUT,
+                ctypes.sizeof(uapi.kfd_process_device_apertures),
+                _count("num_of_nodes"),
+            ),
+        ),
+    ),
+    uapi.AMDKFD_IOC_WAIT_EVENTS: Entry(
+        uapi.kfd_ioctl_wait_events_args,
+        (
+            Pointer(
+                "events_ptr",
+                Direction.INOUT,
+                ctypes.sizeof(uapi.kfd_event_data),
+                _count("num_events"),
+            ),
+        ),
+    ),
+    uapi.AMDKFD_IOC_MAP_MEMORY_TO_GPU: Entry(
+        uapi.kfd_ioctl_map_memory_to_gpu_args,
+        (Pointer("device_ids_array_ptr", Direction.IN, 4, _count("n_devices")),),
+    ),
+    uapi.AMDKFD_IOC_UNMAP_MEMORY_FROM_GPU: Entry(
+        uapi.kfd_ioctl_unmap_memory_from_gpu_args,
+        (Pointer("device_ids_array_ptr", Direction.IN, 4, _count("n_devices")),),
+    ),
+    uapi.AMDKFD_IOC_SET_CU_MASK: Entry(
+        uapi.kfd_ioctl_set_cu_mask_args,
+        (
+            Pointer(
+                "cu_mask_ptr",
+                Direction.IN,
+                4,
+                lambda arg: min(arg.num_cu_mask, _CU_MASK_BITS) // 32,
+            ),
+        ),
+    ),
+    uapi.AMDKFD_IOC_GET_TILE_CONFIG: Entry(
+        uapi.kfd_ioctl_get_tile_config_args,
+        (
+            Pointer("tile_config_ptr", Direction.OUT, 4, _count("num_tile_configs")),
+            Pointer("macro_tile_config_ptr", Direction.OUT, 4, _count("num_macro_tile_configs")),
+        ),
+    ),
+    uapi.AMDKFD_IOC_GET_DMABUF_INFO: Entry(
+        uapi.kfd_ioctl_get_dmabuf_info_args,
+        (Pointer("metadata_ptr", Direction.OUT, 1, _count("metadata_size")),),
+        fd_field="dmabuf_fd",
+    ),
+    uapi.AMDKFD_IOC_ACQUIRE_VM: Entry(uapi.kfd_ioctl_acquire_vm_args, fd_field="drm_fd"),
+    uapi.AMDKFD_IOC_IMPORT_DMABUF: Entry(uapi.kfd_ioctl_import_dmabuf_args, fd_field="dmabuf_fd"),
+    uapi.AMDKFD_IOC_EXPORT_DMABUF: Entry(
+        uapi.kfd_ioctl_export_dmabuf_args, fd_field="dmabuf_fd", fd_direction=Direction.OUT
+    ),
+    uapi.AMDKFD_IOC_SMI_EVENTS: Entry(
+        uapi.kfd_ioctl_smi_events_args, fd_field="anon_fd", fd_direction=Direction.OUT
+    ),
+    uapi.AMDKFD_IOC_CRIU_OP: Entry(uapi.kfd_ioctl_criu_args),
+}
+
+# The kernel finds an ioctl by its number alone and takes any size (kfd_ioctl()); so do we.
+_BY_NUMBER = {uapi._IOC_NR(request): entry for request, entry in _TABLE.items()}
+
+
+class RegionSpec(NamedTuple):
+    """Memory an argument points to; *offset* is where in the argument the pointer is."""
+
+    offset: int
+    pointer: int
+    length: int
+    direction: Direction
+
+
+class FdSlot(NamedTuple):
+    """*fields* fd fields (u32) in region number *region*, or in the argument (ARG)."""
+
+    region: int
+    offset: int
+    stride: int
+    fields: int
+    direction: Direction
+
+
+class Layout(NamedTuple):
+    """What is hidden in one argument."""
+
+    regions: tuple[RegionSpec, ...] = ()
+    slots: tuple[FdSlot, ...] = ()
+
+
+def layout(request: int, arg: bytes) -> Layout:
+    """Pointers and fds of the argument *arg* (bytes of its struct).
+
+    A NULL pointer is no region. An ioctl that is not in the table has neither.
+    Raises OSError(EINVAL) if a count is absurd (nothing was allocated).
+    """
+    entry = _BY_NUMBER.get(uapi._IOC_NR(request))
+    if entry is None or uapi._IOC_TYPE(request) != uapi.AMDKFD_IOCTL_BASE:
+        return Layout()
+    size = ctypes.sizeof(entry.struct)
+    values = entry.struct.from_buffer_copy(arg[:size].ljust(size, b"\0"))
+    regions: list[RegionSpec] = []
+    slots: list[FdSlot] = []
+    for pointer in _pointers(entry, values):
+        address = getattr(values, pointer.field)
+        if not address:
+            continue
+        count = pointer.elements(values)
+        if count * pointer.element > MAX_REGION:
+            raise OSError(errno.EINVAL, f"{pointer.field}: {count} elements are too many")
+        if pointer.fd_offset is not None:
+            slots.append(
+                FdSlot(
+                    len(regions), pointer.fd_offset, pointer.element, count, pointer.fd_direction
+                )
+            )
+        offset = getattr(entry.struct, pointer.field).offset
+        regions.append(RegionSpec(offset, address, count * pointer.element, pointer.direction))
+    if entry.fd_field is not None:
+        offset = getattr(entry.struct, entry.fd_field).offset
+        if offset + 4 <= len(arg):
+            slots.append(FdSlot(ARG, offset, 4, 1, entry.fd_direction))
+    return Layout(tuple(regions), tuple(slots))
+
+
+def _pointers(entry: Entry, values: ctypes.Structure) -> tuple[Pointer, ...]:
+    if entry.struct is uapi.kfd_ioctl_criu_args:
+        return _CRIU_POINTERS.get(values.op, ())
+    return entry.pointers
+
+
+# ---------------------------------------------------------------- messages
+
+
+class Region(Value):
+    """Memory of the caller: *data* is empty unless the direction has IN."""
+
+    pointer: int
+    length: int
+    direction: int
+    data: bytes = b""
+
+
+class Call(Value):
+    """An ioctl to be run elsewhere. ``fds`` are numbers of whoever holds this value."""
+
+    request: int
+    arg: bytes
+    regions: tuple[Region, ...] = ()
+    fds: tuple[int, ...] = ()
+    remote_fds: bool = False
+
+    def encode(self) -> bytes:
+        """The wire form; ``fds`` travel beside it, in their order."""
+        plan = layout(self.request, self.arg)
+        parts = [
+            _CALL.pack(
+                b"KFDC",
+                VERSION,
+                int(self.remote_fds),
+                self.request,
+                len(self.arg),
+                len(plan.regions),
+                len(plan.slots),
+                len(self.fds),
+            )
+        ]
+        parts += [_REGION.pack(r.pointer, r.length, r.offset, r.direction) for r in plan.regions]
+        parts += [_SLOT.pack(*slot) for slot in plan.slots]
+        parts.append(self.arg)
+        parts += [region.data for region in self.regions]
+        return b"".join(parts)
+
+    @classmethod
+    def decode(cls, data: bytes, fds: tuple[int, ...] = ()) -> Call:
+        """The call in *data*, with the fds that came beside it. Raises FrameRejected."""
+        reader = _Reader(data)
+        magic, version, flags, request, arg_size, n_regions, n_slots, n_fds = reader.unpack(_CALL)
+        if magic != b"KFDC" or version != VERSION or flags > 1:
+            raise FrameRejected(f"not a call of version {VERSION}")
+        if n_fds != len(fds):
+            raise FrameRejected(f"{n_fds} fds were announced, {len(fds)} came")
+        reader.need(n_regions * _REGION.size + n_slots * _SLOT.size + arg_size)
+        stated_regions = [reader.unpack(_REGION) for _ in range(n_regions)]
+        stated_slots = [reader.unpack(_SLOT) for _ in range(n_slots)]
+        arg = reader.take(arg_size)
+        try:
+            plan = layout(request, arg)
+        except OSError as error:
+            raise FrameRejected(str(error)) from error
+        if stated_regions != [
+            (r.pointer, r.length, r.offset, r.direction) for r in plan.regions
+        ] or stated_slots != list(map(tuple, plan.slots)):
+            raise FrameRejected("the call's description is not that of its ioctl")
+        regions = tuple(
+            Region(
+                pointer=r.pointer,
+                length=r.length,
+                direction=int(r.direction),
+                data=reader.take(r.length if r.direction & Direction.IN else 0),
+            )
+            for r in plan.regions
+        )
+        reader.end()
+        return cls(request=request, arg=arg, regions=regions, fds=fds, remote_fds=bool(flags))
+
+
+class Reply(Value):
+    """What an ioctl answered; ``regions`` has an item per region of the call.
+
+    The item is empty for a region whose direction has no OUT, and there are no regions
+    at all when ``errno`` is not 0. ``fds`` are numbers of whoever holds this value.
+    """
+
+    errno: int
+    arg: bytes
+    regions: tuple[bytes, ...] = ()
+    fds: tuple[int, ...] = ()
+
+    def encode(self) -> bytes:
+        """The wire form; ``fds`` travel beside it, in their order."""
+        head = _REPLY.pack(
+            b"KFDR", VERSION, 0, self.errno, len(self.arg), len(self.regions), len(self.fds)
+        )
+        lengths = [_LENGTH.pack(len(region)) for region in self.regions]
+        return b"".join((head, *lengths, self.arg, *self.regions))
+
+    @classmethod
+    def decode(cls, data: bytes, fds: tuple[int, ...] = ()) -> Reply:
+        """The reply in *data*, with the fds that came beside it. Raises FrameRejected."""
+        reader = _Reader(data)
+        magic, version, flags, number, arg_size, n_regions, n_fds = reader.unpack(_REPLY)
+        if magic != b"KFDR" or version != VERSION or flags:
+            raise FrameRejected(f"not a reply of version {VERSION}")
+        if n_fds != len(fds):
+            raise FrameRejected(f"{n_fds} fds were announced, {len(fds)} came")
+        reader.need(n_regions * _LENGTH.size + arg_size)
+        lengths = [reader.unpack(_LENGTH)[0] for _ in range(n_regions)]
+        arg = reader.take(arg_size)
+        regions = tuple(reader.take(length) for length in lengths)
+        reader.end()
+        return cls(errno=number, arg=arg, regions=regions, fds=fds)
+
+
+VERSION = 1
+_CALL = struct.Struct("<4sHHIIIII")
+_REGION = struct.Struct("<QQII")
+_SLOT = struct.Struct("<IIIII")
+_REPLY = struct.Struct("<4sHHIIII")
+_LENGTH = struct.Struct("<Q")
+
+
+class _Reader:
+    """Takes bytes off the front; refuses to run past the end."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def need(self, length: int) -> None:
+        if length > len(self._data) - self._at:
+            raise FrameRejected("the message is cut short")
+
+    def take(self, length: int) -> bytes:
+        self.need(length)
+        self._at += length
+        return self._data[self._at - length : self._at]
+
+    def unpack(self, form: struct.Struct) -> tuple[Any, ...]:
+        return form.unpack(self.take(form.size))
+
+    def end(self) -> None:
+        if self._at != len(self._data):
+            raise FrameRejected(f"{len(self._data) - self._at} bytes too many")
+
+
+# ---------------------------------------------------------------- fds in buffers
+
+
+def _places(slot: FdSlot) -> Iterator[int]:
+    return iter(range(slot.offset, slot.offset + slot.stride * slot.fields, slot.stride))
+
+
+def _get(buffer: bytes | bytearray | memoryview, at: int) -> int:
+    return int.from_bytes(buffer[at : at + 4], "little")
+
+
+def _put(buffer: bytearray | memoryview, at: int, value: int) -> None:
+    buffer[at : at + 4] = value.to_bytes(4, "little")
+
+
+def _is_open(fd: int) -> bool:
+    if fd >= 1 << 31:
+        return False
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True
+
+
+def close_all(fds: tuple[int, ...] | list[int]) -> None:
+    """Close every fd; one that is closed already is no error."""
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+# ---------------------------------------------------------------- caller
+
+
+def pack(request: int, arg: ctypes.Structure, *, remote_fds: bool = False) -> Call:
+    """The call that *arg*, a struct in this process's memory, makes.
+
+    Raises OSError: EFAULT for a pointer to memory that can't be read, EINVAL for
+    absurd counts. An fd that is not open becomes KFD_INVALID_FD, which the other side
+    answers as the kernel answers a bad fd.
+    """
+    size = uapi._IOC_SIZE(request)
+    if ctypes.sizeof(arg) < size:
+        raise OSError(errno.EFAULT, f"the struct has {ctypes.sizeof(arg)} bytes, not {size}")
+    raw = bytearray(bytes(arg)[:size])
+    plan = layout(request, bytes(raw))
+    datas = [
+        bytearray(read_memory(r.pointer, r.length) if r.direction & Direction.IN else b"")
+        for r in plan.regions
+    ]
+    fds: list[int] = []
+    for slot in plan.slots:
+        target = raw if slot.region == ARG else datas[slot.region]
+        if not target:
+            continue
+        for at in _places(slot):
+            _put(target, at, _outgoing(slot, _get(target, at), fds, remote_fds))
+    regions = tuple(
+        Region(pointer=r.pointer, length=r.length, direction=int(r.direction), data=bytes(data))
+        for r, data in zip(plan.regions, datas, strict=True)
+    )
+    return Call(
+        request=request, arg=bytes(raw), regions=regions, fds=tuple(fds), remote_fds=remote_fds
+    )
+
+
+def _outgoing(slot: FdSlot, number: int, fds: list[int], remote_fds: bool) -> int:
+    """What the field says on the wire; an open fd is added to *fds*."""
+    if slot.direction is Direction.OUT:
+        return uapi.KFD_INVALID_FD
+    if remote_fds:
+        return number
+    if not _is_open(number):
+        return uapi.KFD_INVALID_FD
+    fds.append(number)
+    return len(fds) - 1
+
+
+def apply(reply: Reply, request: int, arg: ctypes.Structure) -> None:
+    """Write a reply's results into *arg* and through its pointers; fds become numbers.
+
+    ``reply.fds`` belong to *arg* afterwards; if this raises they are closed. Raises
+    OSError: the ioctl's own errno, EFAULT for a pointer that can't be written, EPROTO
+    if the reply does not fit the call.
+    """
+    used: set[int] = set()
+    try:
+        _apply(reply, request, arg, used)
+    except BaseException:
+        close_all(reply.fds)
+        raise
+    close_all([fd for index, fd in enumerate(reply.fds) if index not in used])
+
+
+def _apply(reply: Reply, request: int, arg: ctypes.Structure, used: set[int]) -> None:
+    size = uapi._IOC_SIZE(request)
+    before = bytes(arg)[:size]
+    plan = layout(request, before)
+    if len(reply.arg) != size or (reply.errno == 0 and not _fits(reply, plan)):
+        raise OSError(errno.EPROTO, "the reply does not fit the ioctl")
+    raw = bytearray(reply.arg)
+    datas = [bytearray(region) for region in reply.regions]
+    for region in plan.regions:
+        raw[region.offset : region.offset + 8] = before[region.offset : region.offset + 8]
+    for slot in plan.slots:
+        if slot.direction is Direction.IN:
+            if slot.region == ARG:
+                raw[slot.offset : slot.offset + 4] = before[slot.offset : slot.offset + 4]
+        elif reply.errno == 0:
+            _install(slot, raw if slot.region == ARG else datas[slot.region], reply.fds, used)
+        elif slot.region == ARG:
+            _put(raw, slot.offset, uapi.KFD_INVALID_FD)
+    ctypes.memmove(ctypes.addressof(arg), bytes(raw), size)
+    if reply.errno:
+        raise OSError(reply.errno, os.strerror(reply.errno))
+    for region, data in zip(plan.regions, datas, strict=True):
+        if region.direction & Direction.OUT:
+            write_memory(region.pointer, bytes(data))
+
+
+def _fits(reply: Reply, plan: Layout) -> bool:
+    wanted = [r.length if r.direction & Direction.OUT else 0 for r in plan.regions]
+    return wanted == [len(region) for region in reply.regions]
+
+
+def _install(slot: FdSlot, target: bytearray, fds: tuple[int, ...], used: set[int]) -> None:
+    for at in _places(slot):
+        index = _get(target, at)
+        if index == uapi.KFD_INVALID_FD:
+            continue
+        if index >= len(fds) or index in used:
+            raise OSError(errno.EPROTO, f"the reply names fd {index} of {len(fds)}")
+        used.add(index)
+        _put(target, at, fds[index])
+
+
+# ---------------------------------------------------------------- executor
+
+
+def execute(call: Call, file: KfdFile) -> Reply:
+    """Run *call* on *file* in this process and collect what came of it.
+
+    ``call.fds`` stay the caller's to close, as do ``reply.fds`` once they are sent. An
+    OSError of the ioctl is in the reply, not raised. Raises FrameRejected for a call
+    whose regions are not those of its ioctl.
+    """
+    try:
+        plan = layout(call.request, call.arg)
+    except OSError as error:
+        raise FrameRejected(str(error)) from error
+    if [(r.pointer, r.length, r.direction) for r in plan.regions] != [
+        (r.pointer, r.length, r.direction) for r in call.regions
+    ]:
+        raise FrameRejected("the call's regions are not those of its ioctl")
+    size = uapi._IOC_SIZE(call.request)
+    if len(call.arg) != size:
+        raise FrameRejected(f"the argument has {len(call.arg)} bytes, the request says {size}")
+    if any(len(r.data) != (r.length if r.direction & Direction.IN else 0) for r in call.regions):
+        raise FrameRejected("a region's data is not as long as the region")
+    with contextlib.ExitStack() as stack:
+        buffers = [stack.enter_context(GuardedBuffer(r.length)) for r in call.regions]
+        return _run(call, plan, buffers, file)
+
+
+def _run(call: Call, plan: Layout, buffers: list[GuardedBuffer], file: KfdFile) -> Reply:
+    size = len(call.arg)
+    arg = _argument(size)
+    ctypes.memmove(ctypes.addressof(arg), call.arg, size)
+    raw = memoryview(arg).cast("B")
+    views = [buffer.view for buffer in buffers]
+    for spec, region, buffer in zip(plan.regions, call.regions, buffers, strict=True):
+        buffer.view[: len(region.data)] = region.data
+        raw[spec.offset : spec.offset + 8] = buffer.address.to_bytes(8, "little")
+    for slot in plan.slots:
+        _incoming(slot, raw if slot.region == ARG else views[slot.region], call)
+    try:
+        file.ioctl(call.request, arg)
+    except OSError as error:
+        _drop_fds(plan, raw, views)
+        return Reply(errno=error.errno or errno.EIO, arg=bytes(raw))
+    fds = _collect_fds(plan, raw, views)
+    regions = tuple(
+        bytes(view) if r.direction & Direction.OUT else b""
+        for r, view in zip(plan.regions, views, strict=True)
+    )
+    return Reply(errno=0, arg=bytes(raw), regions=regions, fds=tuple(fds))
+
+
+def _argument(size: int) -> ctypes.Structure:
+    class Argument(ctypes.Structure):
+        _fields_ = (("bytes", ctypes.c_uint8 * size),)
+
+    return Argument()
+
+
+def _incoming(slot: FdSlot, target: memoryview, call: Call) -> None:
+    for at in _places(slot):
+        if slot.direction is Direction.OUT:
+            _put(target, at, uapi.KFD_INVALID_FD)
+        elif not call.remote_fds:
+            index = _get(target, at)
+            number = call.fds[index] if index < len(call.fds) else uapi.KFD_INVALID_FD
+            _put(target, at, number)
+
+
+def _collect_fds(plan: Layout, raw: memoryview, views: list[memoryview]) -> list[int]:
+    """The new fds; their fields become indexes into the list."""
+    fds: list[int] = []
+    for slot in plan.slots:
+        if slot.direction is not Direction.OUT:
+            continue
+        target = raw if slot.region == ARG else views[slot.region]
+        for at in _places(slot):
+            number = _get(target, at)
+            if number != uapi.KFD_INVALID_FD:
+                fds.append(number)
+                _put(target, at, len(fds) - 1)
+    return fds
+
+
+def _drop_fds(plan: Layout, raw: memoryview, views: list[memoryview]) -> None:
+    """Close what a failed ioctl left behind.
+
+    RESTORE installs the BOs' fds before it restores queues and events, and leaves them
+    installed if those fail (kfd_chardev.c, criu_restore).
+    """
+    close_all(_collect_fds(plan, raw, views))

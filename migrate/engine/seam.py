@@ -92,6 +92,9 @@ class ProcessEngine(Protocol):
     def memory(self, process: ProcessRef, wanted: CpuRange) -> MemoryAccess:
         """Read access to a range of a frozen process."""
 
+    def stop(self, process: ProcessRef) -> None:
+        """Freeze without dumping: what ``is_frozen`` then sees. Idempotent."""
+
     def thaw(self, process: ProcessRef) -> None:
         """Let a frozen process run. Idempotent; a process that is gone is no error."""
 

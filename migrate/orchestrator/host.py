@@ -1,0 +1,49 @@
+"""What a migration needs of the host it runs on, gathered in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from migrate.engine.seam import ProcessEngine
+from migrate.journal import Journal
+from migrate.kfd.file import KfdFile, open_device
+from migrate.kfd.sysfs import read_topology, read_vram
+from migrate.model import HostPaths
+from migrate.report import PeakMemory
+from migrate.topology.model import Topology
+
+
+@dataclass(frozen=True)
+class Host:
+    """This host, as the orchestrator sees it.
+
+    ``peak_memory`` gives the agent's peak so far, helpers included.
+    """
+
+    name: str
+    paths: HostPaths
+    journal: Journal
+    engine: ProcessEngine
+    peak_memory: Callable[[], PeakMemory]
+
+    def topology(self) -> Topology:
+        """The GPUs and links of this host now. Raises BrokenTopology."""
+        return read_topology(self.paths.topology)
+
+    def free_vram(self) -> dict[int, int]:
+        """Free VRAM in bytes by gpu_id."""
+        return {usage.gpu_id: usage.free for usage in read_vram(self.paths, self.topology())}
+
+    def open_kfd(self) -> KfdFile:
+        """A kfd file of our own, for RESUME. Raises KfdUnavailable."""
+        return open_device(self.paths.kfd)
+
+
+def available_memory() -> int:
+    """MemAvailable of /proc/meminfo in bytes (proc(5))."""
+    with open("/proc/meminfo", encoding="ascii") as meminfo:
+        for line in meminfo:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0

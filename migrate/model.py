@@ -69,3 +69,7 @@ class GpuMap(Value):
     def __getitem__(self, source_gpu_id: int) -> int:
         """The destination's gpu_id for *source_gpu_id*; KeyError if it is not mapped."""
         return dict(self.pairs)[source_gpu_id]
+
+    def as_dict(self) -> dict[int, int]:
+        """Source gpu_id to destination gpu_id."""
+        return dict(self.pairs)

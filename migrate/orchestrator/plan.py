@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-
+from migrate.dataplane.messages import ObjectKind
 from migrate.engine.seam import CpuImage, CpuRange
 from migrate.kfd.process import KfdCheckpoint
 from migrate.model import GpuMap, Value
@@ -43,14 +42,6 @@ class Needs(Value):
     processes: tuple[KfdNeeds, ...]
     memory: int  # bytes of host memory: staging plus CPU memory plus GTT
     quota: int  # bytes the chunk streams may carry at most: sum of all object sizes
-
-
-class ObjectKind(StrEnum):
-    """What an object's bytes are."""
-
-    VRAM = "vram"
-    GTT = "gtt"
-    CPU = "cpu"
 
 
 class BoKey(Value):

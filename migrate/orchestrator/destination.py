@@ -1,0 +1,378 @@
+"""The destination's half of one migration: room, staging, the copy, and its handover.
+
+Calls come from the source, one at a time under one lock; a cancel interrupts a build
+that is under way. What the handover machine answers is performed here, in order.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from migrate.dataplane.memory import MmapAccess
+from migrate.dataplane.staging import Staging
+from migrate.engine.seam import HeldProcess, Moved
+from migrate.errors import (
+    Cancelled,
+    MigrateError,
+    MigrationFailed,
+    RestoreFailed,
+    VerificationFailed,
+)
+from migrate.kfd.process import KfdProcess, Restored, resume
+from migrate.model import ProcessRef, Value
+from migrate.orchestrator.handover import (
+    Answer,
+    Built,
+    CancelCame,
+    CopyDied,
+    DestinationEffect,
+    DestinationEvent,
+    DestinationHandover,
+    Failed,
+    FirstResumeFailed,
+    GrantCame,
+    Kill,
+    Reply,
+    Start,
+    Write,
+)
+from migrate.orchestrator.host import Host
+from migrate.orchestrator.peer import GrantReply, PreparedReply
+from migrate.orchestrator.plan import ObjectOrder, RestoreOrder
+from migrate.report import DestinationFigures
+from migrate.status import DestinationState
+
+
+class DestinationRecord(Value):
+    """The journal's ``destination`` record: a state and its token."""
+
+    state: DestinationState
+    token: bytes = b""
+
+
+class CopyRecord(Value):
+    """The journal's ``copy`` record: the process that was built, before anything of it runs.
+
+    ``kfd_pids``: processes of it whose RESTORE succeeded; only these may be RESUMEd.
+    """
+
+    process: ProcessRef
+    kfd_pids: tuple[int, ...] = ()
+
+
+class SourceRecord(Value):
+    """The journal's ``peer`` record: who sends, and how to ask it."""
+
+    name: str
+    address: str
+    store_id: str
+
+
+class DestinationMigration:
+    """One migration at the destination. Methods raise MigrateError."""
+
+    def __init__(
+        self,
+        migration: str,
+        host: Host,
+        machine: DestinationHandover,
+        *,
+        source: SourceRecord,
+        staging: Staging | None = None,
+        copy: CopyRecord | None = None,
+        close_session: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.id = migration
+        self.host = host
+        self.machine = machine
+        self.source = source
+        self.copy = copy
+        self.last_heard = time.monotonic()
+        self._staging = staging
+        self._close_session = close_session
+        self._cancel = threading.Event()
+        self._lock = threading.RLock()
+        self._held: HeldProcess | None = None
+        self._clock = _Laps()
+        self._verified = 0
+        self._released_at = 0.0
+        self._reply: GrantReply | None = None
+
+    # ------------------------------------------------------------ calls of the source
+
+    def reserved(self) -> None:
+        """Record the reservation. Raises JournalUnusable."""
+        self.host.journal.append(self.id, "peer", self.source)
+        self._write(self.machine.to(DestinationState.RESERVED))
+
+    def restore(self, order: RestoreOrder, manifest: Mapping[int, bytes]) -> PreparedReply:
+        """Build the copy, place and verify its memory, hold it. On failure nothing is left."""
+        with self._lock:
+            self.last_heard = time.monotonic()
+            self._write(self.machine.to(DestinationState.RESTORING))
+            try:
+                self._build(order, manifest)
+            except BaseException as error:
+                self.feed(Failed(why=str(error)))
+                if isinstance(error, MigrateError):
+                    raise
+                raise RestoreFailed(f"{type(error).__name__}: {error}") from error
+            self.feed(Built(token=secrets.token_bytes(16)))
+            self.last_heard = time.monotonic()
+            return PreparedReply(
+                store_id=self.host.journal.store_id,
+                token=self.machine.token,
+                figures=self.figures(),
+            )
+
+    def grant(self, token: bytes) -> GrantReply:
+        """The source gives the process away. Raises MigrationFailed for a stale token."""
+        with self._lock:
+            self.last_heard = time.monotonic()
+            self._reply = None
+            self.feed(GrantCame(token=token))
+            if self._reply is None:
+                raise MigrationFailed(
+                    f"this grant is not of the copy at hand (state {self.machine.state})"
+                )
+            return self._reply
+
+    def cancel(self) -> bool:
+        """The source will not grant. False if the process is owned here."""
+        self._cancel.set()
+        with self._lock:
+            self.feed(CancelCame())
+            return self.machine.state not in (
+                DestinationState.OWNED,
+                DestinationState.OWNED_DEAD,
+            )
+
+    def figures(self) -> DestinationFigures:
+        """What was measured here."""
+        after = time.monotonic() - self._released_at if self._released_at else 0.0
+        return DestinationFigures(
+            pid=self.copy.process.pid if self.copy else None,
+            build=self._clock["build"],
+            placement=self._clock["placement"],
+            read_back=self._clock["read_back"],
+            engine=self._clock["engine"],
+            after_release=after,
+            chunks_verified=self._verified,
+            peak=self.host.peak_memory(),
+        )
+
+    # ------------------------------------------------------------ handover effects
+
+    def feed(self, event: DestinationEvent) -> None:
+        """Tell the machine and perform what it answers."""
+        with self._lock:
+            pending: list[DestinationEvent] = [event]
+            while pending:
+                pending.extend(self._perform(self.machine.on(pending.pop(0))))
+
+    def _perform(self, effects: Sequence[DestinationEffect]) -> list[DestinationEvent]:
+        for effect in effects:
+            match effect:
+                case Write():
+                    self._write(effect)
+                case Kill():
+                    self._kill()
+                case Start():
+                    failed = self._start()
+                    if failed is not None:
+                        return [failed]  # what followed is overtaken by this
+                case Reply(answer=answer):
+                    self._reply = self._answer(answer)
+        return []
+
+    def _write(self, write: Write) -> None:
+        assert isinstance(write.state, DestinationState)
+        record = DestinationRecord(state=write.state, token=write.token)
+        self.host.journal.append(self.id, "destination", record)
+        self.machine.wrote(write)
+
+    def _kill(self) -> None:
+        if self.copy is not None:
+            self.host.engine.kill(self.copy.process)
+        self._drop_staging()
+
+    def _start(self) -> DestinationEvent | None:
+        """RESUME each KFD process, release the tasks, see them alive. May be repeated."""
+        assert self.copy is not None
+        copy = self.copy.process
+        if not self.host.engine.is_alive(copy):
+            return CopyDied()
+        if not self._released_at:
+            try:
+                self._resume_all(self.copy.kfd_pids)
+            except RestoreFailed:
+                # Queues start only by RESUME and tasks only by the thaw below.
+                return FirstResumeFailed()
+            self.host.engine.thaw(copy)
+            self._released_at = time.monotonic()
+            self._drop_staging()
+        return None if self.host.engine.is_alive(copy) else CopyDied()
+
+    def _resume_all(self, pids: Sequence[int]) -> None:
+        kfd = self.host.open_kfd()
+        try:
+            for position, pid in enumerate(pids):
+                try:
+                    resume(kfd, pid, restored=True)
+                except RestoreFailed:
+                    if position == 0 and self._held is not None:
+                        raise
+                    # After a restart, or past the first: it was RESUMEd before.
+        finally:
+            kfd.close()
+
+    def _answer(self, answer: Answer) -> GrantReply:
+        return GrantReply(
+            answer=answer,
+            store_id=self.host.journal.store_id,
+            message="",
+            figures=self.figures(),
+        )
+
+    def _drop_staging(self) -> None:
+        self._close_session()
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
+
+    # ------------------------------------------------------------ the copy
+
+    def _build(self, order: RestoreOrder, manifest: Mapping[int, bytes]) -> None:
+        self._clock.begin()
+        held = self.host.engine.restore(order.image, self.id)
+        self._held = held
+        self._record_copy(held.process)
+        if len(held.kfd) != len(order.checkpoints):
+            raise RestoreFailed(
+                f"{len(order.checkpoints)} KFD processes came, {len(held.kfd)} were built"
+            )
+        nodes = {n.gpu_id: n.drm_render_minor for n in self.host.topology().gpus}
+        restored: list[Restored] = []
+        try:
+            for process, checkpoint in zip(held.kfd, order.checkpoints, strict=True):
+                self._go_on()
+                drm_fds = _open_nodes(self.host.paths.dri, process, order, nodes)
+                restored.append(process.restore(checkpoint, order.gpu_map.as_dict(), drm_fds))
+            self._record_copy(held.process, tuple(p.pid for p in held.kfd))
+            self._clock.lap("build")
+            self._fill(held, order, restored, manifest)
+        finally:
+            for result in restored:
+                result.close()
+        held.finish(_moves(order, restored))
+        self._clock.lap("engine")
+
+    def _record_copy(self, process: ProcessRef, kfd_pids: tuple[int, ...] = ()) -> None:
+        self.copy = CopyRecord(process=process, kfd_pids=kfd_pids)
+        self.host.journal.append(self.id, "copy", self.copy)
+
+    def _fill(
+        self,
+        held: HeldProcess,
+        order: RestoreOrder,
+        restored: Sequence[Restored],
+        manifest: Mapping[int, bytes],
+    ) -> None:
+        """Place every object, then read every object back and compare its digests."""
+        staging = self._staging
+        assert staging is not None
+        strangers = {info.id for info in staging.objects()} - {o.object_id for o in order.objects}
+        if strangers:
+            raise VerificationFailed(f"objects {sorted(strangers)} came and are in no order")
+        for item in order.objects:
+            self._go_on()
+            with _target(item, held, restored) as target:
+                staging.place(item.object_id, target)
+        self._clock.lap("placement")
+        for item in order.objects:
+            self._go_on()
+            if item.object_id not in manifest:
+                raise VerificationFailed(f"object {item.object_id} has no digests")
+            with _target(item, held, restored) as target:
+                self._verified += staging.verify(
+                    item.object_id, target, manifest[item.object_id]
+                )
+        self._clock.lap("read_back")
+
+    def _go_on(self) -> None:
+        if self._cancel.is_set():
+            raise Cancelled("the source cancelled")
+
+
+def _open_nodes(
+    dri: str, process: KfdProcess, order: RestoreOrder, minors: Mapping[int, int]
+) -> dict[int, int]:
+    """A fresh render node for each mapped GPU, opened where the ioctls run."""
+    return {
+        gpu: process.file.open_node(f"{dri}/renderD{minors[gpu]}")
+        for gpu in order.gpu_map.as_dict().values()
+    }
+
+
+@contextmanager
+def _target(
+    item: ObjectOrder, held: HeldProcess, restored: Sequence[Restored]
+) -> Iterator[MmapAccess]:
+    if item.bo is not None:
+        fd = restored[item.bo.process].dmabufs[item.bo.index]
+        if fd is None:
+            raise VerificationFailed(f"object {item.object_id}: its buffer has no dmabuf here")
+        access = MmapAccess(fd, item.size, own=False)
+    else:
+        assert item.cpu is not None
+        access = held.memory(item.cpu)
+    try:
+        yield access
+    finally:
+        access.close()
+
+
+def _moves(order: RestoreOrder, restored: Sequence[Restored]) -> list[Moved]:
+    """Where each BO's mapping is now, for the engine."""
+    gpu_map = order.gpu_map.as_dict()
+    moves = []
+    for number, checkpoint in enumerate(order.checkpoints):
+        actual = {d.user_gpu_id: gpu_map[d.actual_gpu_id] for d in checkpoint.devices}
+        for bucket, offset in zip(
+            checkpoint.bos, restored[number].restored_offsets, strict=True
+        ):
+            moves.append(
+                Moved(
+                    process=number,
+                    address=bucket.addr,
+                    size=bucket.size,
+                    old_offset=bucket.offset,
+                    new_offset=offset,
+                    user_gpu_id=bucket.gpu_id,
+                    actual_gpu_id=actual[bucket.gpu_id],
+                )
+            )
+    return moves
+
+
+class _Laps:
+    """Seconds by name, by the monotonic clock."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._laps: dict[str, float] = {}
+
+    def begin(self) -> None:
+        self._since = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self._laps[name] = now - self._since
+        self._since = now
+
+    def __getitem__(self, name: str) -> float:
+        return self._laps.get(name, 0.0)

@@ -1,0 +1,239 @@
+"""The numbers of one migration, taken where they arise, and the report made of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from migrate.dataplane.messages import ObjectKind
+from migrate.dataplane.sender import RoundStats
+from migrate.engine.seam import Survey
+from migrate.errors import MigrateError, OwnedDead, OwnerUnknown
+from migrate.model import GpuMap
+from migrate.orchestrator.convergence import Costs
+from migrate.orchestrator.handover import Answer
+from migrate.orchestrator.narrator import Narrator
+from migrate.orchestrator.peer import GrantReply
+from migrate.orchestrator.plan import ObjectOrder
+from migrate.report import (
+    Bytes,
+    DestinationFigures,
+    Downtime,
+    End,
+    Failure,
+    GpuRow,
+    PeakMemory,
+    Report,
+    Round,
+)
+from migrate.status import SourceState, Status, owner_of
+
+# What placing and reading back costs where nothing was measured yet, bytes a second.
+PLACEMENT_GUESS = 1.5e9
+FIXED_GUESS = 0.4  # seconds: stop, checkpoint, build of the process, handover
+
+
+class DowntimeClock:
+    """Laps of the freeze, in seconds of the monotonic clock."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._began = 0.0
+        self.laps: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """The first thread is about to be stopped."""
+        self._began = self._since = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap belongs to *name*."""
+        assert self._since is not None
+        now = time.monotonic()
+        self.laps[name] = now - self._since
+        self._since = now
+
+    def parts(self, figures: DestinationFigures, released_at: float) -> Downtime:
+        """The freeze's parts once the copy was released at *released_at*."""
+        assert self._since is not None
+        measured = figures.build + figures.placement + figures.read_back
+        return Downtime(
+            seconds=released_at - self._began,
+            stop=self.laps["stop"],
+            checkpoint=self.laps["checkpoint"],
+            delta=self.laps["delta"],
+            build=figures.build,
+            placement=figures.placement,
+            read_back=figures.read_back,
+            engine=self.laps["restore"] - measured,
+            handover=released_at - self._since,
+        )
+
+
+class SourceFigures:
+    """Collects until the report is made."""
+
+    def __init__(
+        self, migration: str, survey: Survey, *, source: str, destination: str, narrator: Narrator
+    ) -> None:
+        self.migration = migration
+        self.survey = survey
+        self.source = source
+        self.destination = destination
+        self.narrator = narrator
+        self.engine = ""
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._began = time.monotonic()
+        self.downtime = DowntimeClock()
+        self.rounds: list[Round] = []
+        self.stats: list[RoundStats] = []
+        self.predicted: float | None = None
+        self.gpu_map: GpuMap | None = None
+        self.user_gpu_ids: dict[int, int] = {}  # actual gpu_id at the source: user_gpu_id
+        self._sizes: dict[ObjectKind, int] = {}
+        self._destination = DestinationFigures()
+        self._parts: Downtime | None = None
+
+    def sent(self, stats: RoundStats, orders: Sequence[ObjectOrder], *, frozen: bool) -> None:
+        """One round is over."""
+        self.stats.append(stats)
+        self.rounds.append(
+            Round(
+                number=len(self.rounds) + 1,
+                frozen=frozen,
+                objects=len(orders),
+                scanned=stats.scanned,
+                changed=stats.changed,
+                zero=stats.zero,
+                unchanged=stats.unchanged,
+                wire=stats.wire,
+                seconds=stats.seconds,
+            )
+        )
+        self._sizes = {
+            kind: sum(order.size for order in orders if order.kind is kind) for kind in ObjectKind
+        }
+
+    def restored(self, figures: DestinationFigures) -> None:
+        """The destination holds the copy."""
+        self._destination = figures
+
+    def released(self, figures: DestinationFigures, *, at: float) -> None:
+        """The answer OWNED came at *at* (monotonic); the copy ran ``after_release`` before."""
+        self._parts = self.downtime.parts(self._destination, at - figures.after_release)
+        self._destination = figures
+
+    def costs(self, bandwidth: int | None) -> Costs:
+        """Rates for the prediction, from the rounds so far."""
+        wire = sum(s.wire for s in self.stats)
+        seconds = sum(s.seconds for s in self.stats)
+        scanned = sum(s.scanned for s in self.stats)
+        link = max(wire / max(seconds, 1e-6), 1e6)
+        return Costs(
+            link=min(link, bandwidth) if bandwidth else link,
+            scan=max(scanned / max(seconds, 1e-6), 1e6),
+            placement=PLACEMENT_GUESS,
+            fixed=FIXED_GUESS,
+        )
+
+    def report(
+        self,
+        state: SourceState | None,
+        answer: GrantReply | None,
+        error: MigrateError | None,
+        source_alive: bool,
+        peak: PeakMemory,
+    ) -> Report:
+        """The report as things stand."""
+        owner = owner_of(state) if state is not None else owner_of(SourceState.SETUP)
+        if state is SourceState.GRANTED and error is None:
+            error = _unanswered(answer)
+        done = state is SourceState.DONE
+        return Report(
+            id=self.migration,
+            status=self._status(state, error),
+            owner=owner,
+            running=_running(state, source_alive),
+            source=End(host=self.source, pid=self.survey.process.pid),
+            destination=End(
+                host=self.destination, pid=self._destination.pid if done else None
+            ),
+            command=self.survey.command,
+            engine=self.engine,
+            started=self.started,
+            seconds=time.monotonic() - self._began,
+            phases=self.narrator.phases(),
+            downtime=self._parts,
+            predicted_downtime=self.predicted,
+            rounds=tuple(self.rounds),
+            bytes=self._bytes(),
+            codecs=self._codecs(),
+            gpu_map=self._gpu_rows(),
+            chunks_verified=self._destination.chunks_verified,
+            source_peak=peak,
+            destination_peak=self._destination.peak,
+            failure=None if error is None else failure(error),
+        )
+
+    def _status(self, state: SourceState | None, error: MigrateError | None) -> Status:
+        if state is SourceState.DONE:
+            return Status.COMPLETED
+        if state in (SourceState.GRANTED, SourceState.RELEASING):
+            return Status.HANDOVER
+        return Status.CANCELLED if error is not None and error.reason == "CANCELLED" else (
+            Status.FAILED
+        )
+
+    def _bytes(self) -> Bytes:
+        return Bytes(
+            vram=self._sizes.get(ObjectKind.VRAM, 0),
+            gtt=self._sizes.get(ObjectKind.GTT, 0),
+            cpu=self._sizes.get(ObjectKind.CPU, 0),
+            zero=sum(s.zero for s in self.stats),
+            unchanged=sum(s.unchanged for s in self.stats),
+            wire=sum(s.wire for s in self.stats),
+        )
+
+    def _codecs(self) -> dict[str, float]:
+        raw: dict[str, int] = {}
+        for stats in self.stats:
+            for name, size in stats.codecs.items():
+                raw[name] = raw.get(name, 0) + size
+        total = sum(raw.values())
+        return {name: size / total for name, size in sorted(raw.items())} if total else {}
+
+    def _gpu_rows(self) -> tuple[GpuRow, ...]:
+        if self.gpu_map is None:
+            return ()
+        return tuple(
+            GpuRow(
+                user_gpu_id=self.user_gpu_ids.get(source, source),
+                source_gpu_id=source,
+                destination_gpu_id=destination,
+            )
+            for source, destination in self.gpu_map.pairs
+        )
+
+
+def failure(error: MigrateError) -> Failure:
+    """An error as it stands in a report."""
+    return Failure(
+        reason=error.reason,
+        message=error.message,
+        advice=error.hint,
+        exit_code=error.exit_code,
+    )
+
+
+def _running(state: SourceState | None, source_alive: bool) -> str:
+    if state in (SourceState.DONE, SourceState.RELEASING):
+        return "destination"
+    if state is SourceState.GRANTED:
+        return "unknown"
+    return "source" if source_alive else "nowhere"
+
+
+def _unanswered(answer: GrantReply | None) -> MigrateError:
+    if answer is not None and answer.answer is Answer.OWNED_DEAD:
+        return OwnedDead(f"the destination owned the process and it ended there: {answer.message}")
+    return OwnerUnknown("the grant was sent and the destination has not answered")

@@ -1,0 +1,86 @@
+"""Which memory a migration moves: BOs with contents and CPU ranges, each with an id.
+
+An id is given at first sight and never again to something else, so that a chunk of a
+buffer that was freed between two rounds can't be taken for one of its successor. A BO is
+recognised by its KFD process, handle, address, size and flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from migrate.dataplane.access import MemoryAccess
+from migrate.dataplane.memory import MmapAccess
+from migrate.dataplane.messages import ObjectInfo, ObjectKind
+from migrate.engine.seam import CpuRange
+from migrate.kfd.process import Checkpointed, KfdCheckpoint
+from migrate.orchestrator.plan import BoKey, ObjectOrder
+
+_Key = tuple[object, ...]
+
+
+class ObjectTable:
+    """The ids of one migration, at the source."""
+
+    def __init__(self) -> None:
+        self._ids: dict[_Key, int] = {}
+
+    def bos(self, process: int, checkpoint: KfdCheckpoint) -> list[ObjectOrder]:
+        """One order for every BO whose contents must be moved, in bucket order."""
+        orders = []
+        for index, (bucket, handle) in enumerate(
+            zip(checkpoint.bos, checkpoint.bo_handles(), strict=True)
+        ):
+            if not bucket.has_contents:
+                continue
+            key = ("bo", process, handle, bucket.addr, bucket.size, bucket.alloc_flags)
+            orders.append(
+                ObjectOrder(
+                    object_id=self._id(key),
+                    kind=ObjectKind.VRAM if bucket.is_vram else ObjectKind.GTT,
+                    size=bucket.size,
+                    bo=BoKey(process=process, index=index),
+                )
+            )
+        return orders
+
+    def ranges(self, ranges: Sequence[CpuRange]) -> list[ObjectOrder]:
+        """One order for every range of CPU memory."""
+        return [
+            ObjectOrder(
+                object_id=self._id(("cpu", r.pid, r.address, r.length)),
+                kind=ObjectKind.CPU,
+                size=r.length,
+                cpu=r,
+            )
+            for r in ranges
+        ]
+
+    def _id(self, key: _Key) -> int:
+        return self._ids.setdefault(key, len(self._ids) + 1)
+
+
+@contextmanager
+def opened(
+    orders: Sequence[ObjectOrder],
+    checkpoints: Sequence[Checkpointed],
+    cpu: Callable[[CpuRange], MemoryAccess] | None = None,
+) -> Iterator[list[tuple[ObjectInfo, MemoryAccess]]]:
+    """The objects with access to their memory, closed at the end."""
+    with ExitStack() as stack:
+        result: list[tuple[ObjectInfo, MemoryAccess]] = []
+        for order in orders:
+            access: MemoryAccess
+            if order.bo is not None:
+                fd = checkpoints[order.bo.process].dmabufs[order.bo.index]
+                assert fd is not None
+                access = MmapAccess(fd, order.size, own=False)
+            else:
+                assert order.cpu is not None
+                assert cpu is not None
+                access = cpu(order.cpu)
+            stack.callback(access.close)
+            info = ObjectInfo(id=order.object_id, kind=order.kind, size=order.size)
+            result.append((info, access))
+        yield result

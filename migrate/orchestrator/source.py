@@ -1,0 +1,318 @@
+"""The source's half of one migration: look, pre-copy, freeze, copy, hand over.
+
+The phases run one after another in one thread. What can go wrong before GRANTED is
+undone by the handover machine (``Failed``): queues unpaused, tree thawed, destination
+told. After GRANTED nothing here decides any more: see handover.py.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+
+from migrate.dataplane.sender import RoundStats, Sender
+from migrate.engine.seam import CpuImage, Survey
+from migrate.errors import (
+    Cancelled,
+    EngineUnsupported,
+    MigrateError,
+    MigrationFailed,
+    NoSuchProcess,
+    ProcessExited,
+    by_reason,
+)
+from migrate.kfd.process import Checkpointed, KfdCheckpoint, KfdProcess
+from migrate.model import GpuMap
+from migrate.orchestrator import convergence, preflight
+from migrate.orchestrator.convergence import Costs, Decision
+from migrate.orchestrator.figures import SourceFigures
+from migrate.orchestrator.handover import Answer, Failed, Prepared, SourceHandover
+from migrate.orchestrator.host import Host
+from migrate.orchestrator.narrator import Narrator
+from migrate.orchestrator.objects import ObjectTable, opened
+from migrate.orchestrator.peer import Peer, Reservation
+from migrate.orchestrator.plan import ObjectOrder, Options, RestoreOrder
+from migrate.orchestrator.source_handover import SourceSide, note_pausing, note_unpaused, refusal
+from migrate.report import Report
+from migrate.status import Owner, SourceState, Status
+
+SenderFactory = Callable[[str, Reservation, Options], Sender]
+
+
+class SourceMigration:
+    """Drives one migration. ``run`` returns its report and raises nothing."""
+
+    def __init__(
+        self,
+        migration: str,
+        survey: Survey,
+        host: Host,
+        peer: Peer,
+        options: Options,
+        connect: SenderFactory,
+    ) -> None:
+        self.id = migration
+        self.survey = survey
+        self.process = survey.process
+        self.host = host
+        self.peer = peer
+        self.options = options
+        self.connect = connect
+        self.narrator = Narrator(migration)
+        self.cancel = threading.Event()  # an operator asked for an abort
+        self.stop = threading.Event()  # the agent ends
+        self.figures = SourceFigures(
+            migration, survey, source=host.name, destination=peer.name, narrator=self.narrator
+        )
+        self.side = SourceSide(
+            migration,
+            self.process,
+            SourceHandover(),
+            journal=host.journal,
+            engine=host.engine,
+            peer=peer,
+            narrator=self.narrator,
+            patience=options.patience,
+            stop=self.stop,
+        )
+        self._objects = ObjectTable()
+        self._reservation: Reservation | None = None
+        self._sender: Sender | None = None
+
+    # ------------------------------------------------------------ the whole
+
+    def run(self) -> Report:
+        """Migrate. Every outcome is in the report, which is journaled."""
+        error: MigrateError | None = None
+        try:
+            self._setup()
+            if self.options.precopy:
+                self._precopy()
+            self._switchover()
+        except MigrateError as raised:
+            error = self._explained(raised)
+        except Exception as raised:  # noqa: BLE001 a bug must undo like any failure
+            error = MigrateError(f"{type(raised).__name__}: {raised}")
+        if error is not None:
+            self._fail(error)
+        return self._finish(error)
+
+    def _fail(self, error: MigrateError) -> None:
+        """Undo. Not being able to is said, and left to the next start of the agent."""
+        cancelled = isinstance(error, Cancelled)
+        self.narrator.enter("undo", Status.CANCELLING if cancelled else self.narrator.status)
+        try:
+            self.side.feed(Failed(why=str(error)))
+        except MigrateError as second:
+            self.narrator.say(f"while undoing: {second}")
+        except OSError as second:
+            self.narrator.say(f"while undoing: {second}")
+
+    def _finish(self, error: MigrateError | None) -> Report:
+        if self._sender is not None:
+            self._sender.close()
+        state = self.side.machine.state
+        if error is None and state is SourceState.ROLLED_BACK:
+            error = refusal(self.side.answer)
+        alive = self.host.engine.is_alive(self.process)
+        report = self.figures.report(
+            state, self.side.answer, error, alive, self.host.peak_memory()
+        )
+        self.narrator.owner = report.owner
+        if state in (SourceState.DONE, SourceState.ROLLED_BACK, None) or error is not None:
+            self._journal_report(report)
+            self.narrator.end(report.status, report.owner, report.status)
+        return report
+
+    def _journal_report(self, report: Report) -> None:
+        try:
+            self.host.journal.append(self.id, "report", report)
+        except MigrateError as error:
+            self.narrator.say(f"the report could not be journaled: {error}")
+
+    def _explained(self, error: MigrateError) -> MigrateError:
+        """What really happened, where the first error is only a symptom."""
+        if self.cancel.is_set() and not isinstance(error, Cancelled):
+            return Cancelled("the migration was aborted")
+        gone = not self.host.engine.is_alive(self.process)
+        granted = self.side.machine.state in (SourceState.GRANTED, SourceState.RELEASING)
+        if gone and not granted and not isinstance(error, ProcessExited):
+            return ProcessExited(f"process {self.process.pid} ended during the migration")
+        return error
+
+    def _checkpoint_cancel(self) -> None:
+        if self.cancel.is_set():
+            raise Cancelled("the migration was aborted")
+
+    # ------------------------------------------------------------ phases
+
+    def _setup(self) -> None:
+        """Preflight on both hosts, GPU map, reservation, streams."""
+        self.side.record(SourceState.SETUP)
+        self.narrator.enter("setup", Status.SETUP)
+        if self.survey.blockers:
+            first = self.survey.blockers[0]
+            raise by_reason(first.reason)(first.message, advice=first.advice)
+        if not self.survey.kfd_processes:
+            raise EngineUnsupported(f"process {self.process.pid} has no KFD state")
+        topology = self.host.topology()
+        with self._snapshot() as stopped:
+            needs = preflight.needs(
+                self.survey, [c.checkpoint for c in stopped.checkpoints], self.options
+            )
+        reservation = self.peer.reserve(
+            self.id, self.host.engine.name, needs, topology, self.options
+        )
+        self._reservation = reservation
+        self.figures.gpu_map = reservation.gpu_map
+        self._sender = self.connect(self.id, reservation, self.options)
+
+    def _precopy(self) -> None:
+        """Rounds over live memory until stopping is cheap, or no longer gets cheaper."""
+        self.side.record(SourceState.ACTIVE)
+        self.narrator.enter("pre-copy", Status.ACTIVE)
+        while True:
+            self._checkpoint_cancel()
+            with self._snapshot() as stopped:
+                orders = self._bo_orders([c.checkpoint for c in stopped.checkpoints])
+                self._send_round(orders, stopped.checkpoints, frozen=False)
+            verdict = convergence.decide(
+                self.figures.rounds,
+                self._costs(),
+                max_downtime=self.options.max_downtime,
+                max_rounds=self.options.max_rounds,
+            )
+            self.figures.predicted = verdict.predicted_downtime
+            self.narrator.say(verdict.why, predicted=verdict.predicted_downtime)
+            if verdict.decision is Decision.STOP_AND_COPY:
+                return
+
+    def _switchover(self) -> None:
+        """Freeze, copy the rest, restore held over there, hand over."""
+        self._checkpoint_cancel()
+        self.narrator.enter("stop", Status.PRE_SWITCHOVER)
+        self.side.record(SourceState.DEVICE)
+        downtime = self.figures.downtime
+        downtime.begin()
+        image = self.host.engine.freeze(self.process)
+        downtime.lap("stop")
+
+        self.narrator.enter("checkpoint", Status.DEVICE)
+        note_pausing(self.host.journal, self.id)
+        with _Stopped(self.host.engine.visit_frozen(self.process, _checkpoint)) as stopped:
+            downtime.lap("checkpoint")
+            self.narrator.enter("final round", Status.DEVICE)
+            order = self._final_order(image, [c.checkpoint for c in stopped.checkpoints])
+            self._send_round(order.objects, stopped.checkpoints, frozen=True)
+            downtime.lap("delta")
+        self._checkpoint_cancel()
+        self.narrator.enter("restore", Status.DEVICE)
+        assert self._sender is not None
+        prepared = self.peer.restore(self.id, order, self._sender.manifest())
+        self.figures.restored(prepared.figures)
+        downtime.lap("restore")
+
+        self._checkpoint_cancel()
+        self.narrator.enter("handover", Status.HANDOVER)
+        self.side.feed(Prepared(token=prepared.token, store_id=prepared.store_id))
+        if self.side.answer is not None and self.side.answer.answer is Answer.OWNED:
+            self.figures.released(self.side.answer.figures, at=self.side.answered_at)
+
+    # ------------------------------------------------------------ pieces
+
+    def _snapshot(self) -> _Stopped:
+        """Checkpoint the running process; its queues stand for milliseconds."""
+        note_pausing(self.host.journal, self.id)
+        try:
+            return _Stopped(self.host.engine.snapshot(self.process, _checkpoint_and_unpause))
+        except NoSuchProcess as error:
+            raise ProcessExited(str(error)) from error
+        finally:
+            note_unpaused(self.host.journal, self.id)
+
+    def _bo_orders(self, checkpoints: Sequence[KfdCheckpoint]) -> tuple[ObjectOrder, ...]:
+        return tuple(
+            order
+            for number, checkpoint in enumerate(checkpoints)
+            for order in self._objects.bos(number, checkpoint)
+        )
+
+    def _final_order(self, image: CpuImage, checkpoints: Sequence[KfdCheckpoint]) -> RestoreOrder:
+        return RestoreOrder(
+            gpu_map=self._map(),
+            image=image,
+            checkpoints=tuple(checkpoints),
+            objects=self._bo_orders(checkpoints) + tuple(self._objects.ranges(image.ranges)),
+        )
+
+    def _send_round(
+        self, orders: Sequence[ObjectOrder], checkpoints: Sequence[Checkpointed], *, frozen: bool
+    ) -> None:
+        assert self._sender is not None
+        number = len(self.figures.rounds) + 1
+        total = sum(order.size for order in orders)
+        started = time.monotonic()
+
+        def progress(done: int, _wire: int) -> None:
+            rate = done / max(time.monotonic() - started, 1e-6)
+            self.narrator.say(
+                "", number=number, rate=rate, left=total - done, total=total,
+                predicted=self.figures.predicted,
+            )
+
+        with opened(
+            orders, checkpoints, lambda r: self.host.engine.memory(self.process, r)
+        ) as objects:
+            self._sender.keep_only({info.object_id for info, _ in objects})
+            stats: RoundStats = self._sender.send_round(objects, progress, self.cancel)
+        self.figures.sent(stats, orders, frozen=frozen)
+
+    def _costs(self) -> Costs:
+        return self.figures.costs(self.options.bandwidth)
+
+    def _map(self) -> GpuMap:
+        if self._reservation is None:
+            raise MigrationFailed("no reservation")
+        return self._reservation.gpu_map
+
+
+class _Stopped:
+    """Checkpoints with their dmabufs, closed at the end of the block."""
+
+    def __init__(self, checkpoints: Sequence[Checkpointed]) -> None:
+        self.checkpoints = checkpoints
+        self._stack = ExitStack()
+        for checkpointed in checkpoints:
+            self._stack.callback(checkpointed.close)
+
+    def __enter__(self) -> _Stopped:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+
+def _checkpoint(kfd: Sequence[KfdProcess]) -> list[Checkpointed]:
+    """Pause all, and read nothing until all are paused. Leaves them paused."""
+    for process in kfd:
+        process.process_info()
+    return [process.checkpoint() for process in kfd]
+
+
+def _checkpoint_and_unpause(kfd: Sequence[KfdProcess]) -> list[Checkpointed]:
+    try:
+        return _checkpoint(kfd)
+    finally:
+        for process in kfd:
+            process.unpause_if_paused()
+
+
+def started_now() -> str:
+    """The wall clock for people, RFC 3339 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+__all__ = ["Owner", "SourceMigration", "started_now"]

@@ -59,6 +59,22 @@ class CpuImage(Value):
     ranges: tuple[CpuRange, ...]
 
 
+class Moved(Value):
+    """Where the mapping of a BO went: what UPDATE_VMA_MAP needs in CRIU.
+
+    ``process`` counts the image's KFD processes; ``old_offset`` is the checkpoint's, and
+    ``new_offset`` what RESTORE answered (0 for a userptr BO, which has no mapping).
+    """
+
+    process: int
+    address: int
+    size: int
+    old_offset: int
+    new_offset: int
+    user_gpu_id: int
+    actual_gpu_id: int
+
+
 class Visitor(Protocol[T]):
     """What the orchestrator does with a process's KFD side while the engine holds it."""
 
@@ -127,7 +143,7 @@ class HeldProcess(Protocol):
     def memory(self, wanted: CpuRange) -> MemoryAccess:
         """Write access to a range of the new process (for placement)."""
 
-    def finish(self) -> None:
+    def finish(self, moved: Sequence[Moved]) -> None:
         """Map BOs, rebuild CPU state, and hold: stopped so that it outlives the agent."""
 
     def release(self) -> None:

@@ -22,7 +22,7 @@ from migrate.errors import (
     RestoreFailed,
     VerificationFailed,
 )
-from migrate.kfd.process import KfdProcess, Restored, resume
+from migrate.kfd.process import KfdProcess, Restored, RestoreProof, resume
 from migrate.model import ProcessRef, Value
 from migrate.orchestrator.handover import (
     Answer,
@@ -57,11 +57,11 @@ class DestinationRecord(Value):
 class CopyRecord(Value):
     """The journal's ``copy`` record: the process that was built, before anything of it runs.
 
-    ``kfd_pids``: processes of it whose RESTORE succeeded; only these may be RESUMEd.
+    ``restored``: processes of it whose RESTORE succeeded; only these may be RESUMEd.
     """
 
     process: ProcessRef
-    kfd_pids: tuple[int, ...] = ()
+    restored: tuple[RestoreProof, ...] = ()
 
 
 class SourceRecord(Value):
@@ -101,6 +101,7 @@ class DestinationMigration:
         self._verified = 0
         self._released_at = 0.0
         self._reply: GrantReply | None = None
+        self._why = ""
 
     # ------------------------------------------------------------ calls of the source
 
@@ -208,8 +209,9 @@ class DestinationMigration:
             return CopyDied()
         if not self._released_at:
             try:
-                self._resume_all(self.copy.kfd_pids)
-            except RestoreFailed:
+                self._resume_all(self.copy.restored)
+            except MigrateError as error:
+                self._why = str(error)
                 # Queues start only by RESUME and tasks only by the thaw below.
                 return FirstResumeFailed()
             self.host.engine.thaw(copy)
@@ -217,16 +219,19 @@ class DestinationMigration:
             self._drop_staging()
         return None if self.host.engine.is_alive(copy) else CopyDied()
 
-    def _resume_all(self, pids: Sequence[int]) -> None:
+    def _resume_all(self, proofs: Sequence[RestoreProof]) -> None:
+        """RESUME all; raises only if the very first failed, so that nothing runs."""
         kfd = self.host.open_kfd()
         try:
-            for position, pid in enumerate(pids):
+            for position, proof in enumerate(proofs):
                 try:
-                    resume(kfd, pid, restored=True)
-                except RestoreFailed:
-                    if position == 0 and self._held is not None:
+                    resume(kfd, proof.process.pid, proof)
+                except MigrateError as error:
+                    if position == 0:
                         raise
-                    # After a restart, or past the first: it was RESUMEd before.
+                    # One runs already: the copy is owned, and its others are looked after
+                    # by an operator, who reads this.
+                    self._why = str(error)
         finally:
             kfd.close()
 
@@ -234,7 +239,7 @@ class DestinationMigration:
         return GrantReply(
             answer=answer,
             store_id=self.host.journal.store_id,
-            message="",
+            message=self._why,
             figures=self.figures(),
         )
 
@@ -261,8 +266,10 @@ class DestinationMigration:
             for process, checkpoint in zip(held.kfd, order.checkpoints, strict=True):
                 self._go_on()
                 drm_fds = _open_nodes(self.host.paths.dri, process, order, nodes)
-                restored.append(process.restore(checkpoint, order.gpu_map.as_dict(), drm_fds))
-            self._record_copy(held.process, tuple(p.pid for p in held.kfd))
+                restored.append(
+                    process.restore(checkpoint, order.gpu_map.as_dict(), drm_fds, nodes)
+                )
+            self._record_copy(held.process, tuple(r.proof for r in restored))
             self._clock.lap("build")
             self._fill(held, order, restored, manifest)
         finally:
@@ -271,8 +278,10 @@ class DestinationMigration:
         held.finish(_moves(order, restored))
         self._clock.lap("engine")
 
-    def _record_copy(self, process: ProcessRef, kfd_pids: tuple[int, ...] = ()) -> None:
-        self.copy = CopyRecord(process=process, kfd_pids=kfd_pids)
+    def _record_copy(
+        self, process: ProcessRef, restored: tuple[RestoreProof, ...] = ()
+    ) -> None:
+        self.copy = CopyRecord(process=process, restored=restored)
         self.host.journal.append(self.id, "copy", self.copy)
 
     def _fill(

@@ -400,6 +400,17 @@ class SchedulerHang(CheckpointFailed):
     advice = "The GPU needs a reset; the process can't be moved."
 
 
+class BrokenPrivateData(MigrationFailed):
+    """KFD private data, or the checkpoint around it, is not well-formed."""
+
+    reason = "PRIVATE_DATA_BROKEN"
+    exit_code = 82
+    advice = (
+        "The source's kernel has a layout that this release does not know, or the peer sent"
+        " nonsense. Update migrate on both hosts; if that does not help, report it."
+    )
+
+
 # ---------------------------------------------------------------- needs an operator
 
 

@@ -1,7 +1,421 @@
-"""The five CRIU operations of one KFD process, as typed calls (to be filled by its author)."""
+"""The five CRIU operations of one KFD process, as typed calls.
+
+Dump:     process_info (pauses the queues) -> checkpoint -> unpause, all from the thread
+          that traces the target.
+Restore:  restore, run by the new process itself -> memory is written through the
+          returned dmabufs -> resume, from any capable process with its own /dev/kfd.
+
+Order and errors: kfd_chardev.c of Linux 6.1. An errno becomes a MigrateError that names
+the operation.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Self
+
+from migrate.errors import (
+    CheckpointFailed,
+    KfdUnavailable,
+    MigrateError,
+    MissingCapability,
+    NotKfdProcess,
+    ObjectsChanged,
+    ProcessExited,
+    RestoreFailed,
+    SchedulerHang,
+)
+from migrate.kfd import uapi
+from migrate.kfd.checkpoint import (
+    BoBucket,
+    DeviceBucket,
+    KfdCheckpoint,
+    ProcessCounts,
+    RestoreProof,
+    check_checkpoint,
+    check_counts,
+)
+from migrate.kfd.file import KfdFile
+from migrate.kfd.guards import check_drm_fds, identify, refuse_duplicates
+from migrate.kfd.marshal import close_all
+from migrate.kfd.usermem import GuardedBuffer
+
+__all__ = [
+    "BoBucket",
+    "Checkpointed",
+    "DeviceBucket",
+    "KfdCheckpoint",
+    "KfdProcess",
+    "ProcessCounts",
+    "RestoreProof",
+    "Restored",
+    "resume",
+]
+
+# ---------------------------------------------------------------- what is returned
+
+
+class _Dmabufs:
+    """dmabuf fds, one per BO that has contents; owned, close-on-exec.
+
+    They are live, keep freed VRAM allocated, and outlive the process: close them.
+    """
+
+    def __init__(self, dmabufs: list[int | None]) -> None:
+        self.dmabufs = dmabufs
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all fds; a second close does nothing. Set an item to None to keep its fd."""
+        fds = [fd for fd in self.dmabufs if fd is not None]
+        self.dmabufs = [None] * len(self.dmabufs)
+        close_all(fds)
+
+
+class Checkpointed(_Dmabufs):
+    """What CHECKPOINT returned; ``dmabufs`` has an item for each of ``checkpoint.bos``."""
+
+    def __init__(self, checkpoint: KfdCheckpoint, dmabufs: list[int | None]) -> None:
+        super().__init__(dmabufs)
+        self.checkpoint = checkpoint
+
+
+class Restored(_Dmabufs):
+    """What RESTORE returned, per BO: the offset to mmap it at (0: userptr), and its dmabuf."""
+
+    def __init__(
+        self, proof: RestoreProof, restored_offsets: tuple[int, ...], dmabufs: list[int | None]
+    ) -> None:
+        super().__init__(dmabufs)
+        self.proof = proof
+        self.restored_offsets = restored_offsets
+
+
+# ---------------------------------------------------------------- operations
+
 
 class KfdProcess:
-    """Placeholder until the typed calls land."""
+    """The KFD side of one process, through a file whose ioctls act on that process.
+
+    *pid* is the process in our pid namespace. *paused* says that the journal has a pause
+    of it that was not undone. *before_pause* is called before PROCESS_INFO and may refuse
+    (``guards.refuse_gpus_without_vm``).
+    """
+
+    def __init__(
+        self,
+        file: KfdFile,
+        pid: int,
+        *,
+        paused: bool = False,
+        before_pause: Callable[[int], None] | None = None,
+    ) -> None:
+        self.file = file
+        self.pid = pid
+        self._paused = paused
+        self._before_pause = before_pause
+        self._counts: ProcessCounts | None = None
+        self._restore_tried = False
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether we paused its queues and did not undo it."""
+        return self._paused
+
+    def process_info(self) -> ProcessCounts:
+        """Pause all queues and count what there is.
+
+        Raises CheckpointFailed (also if it is paused already: a second pause and one
+        UNPAUSE leave queues evicted for ever on some kernels), SchedulerHang,
+        NotKfdProcess, MissingCapability, ProcessExited, GpuWithoutVm.
+        """
+        if self._paused:
+            raise CheckpointFailed(f"PROCESS_INFO of process {self.pid}: it is paused already")
+        if self._before_pause is not None:
+            self._before_pause(self.pid)
+        args = uapi.kfd_ioctl_criu_args(op=uapi.KFD_CRIU_OP_PROCESS_INFO)
+        with self._errors("PROCESS_INFO", CheckpointFailed):
+            self.file.ioctl(uapi.AMDKFD_IOC_CRIU_OP, args)
+        self._paused = True
+        self._counts = ProcessCounts(
+            num_devices=args.num_devices,
+            num_bos=args.num_bos,
+            num_objects=args.num_objects,
+            priv_data_size=args.priv_data_size,
+            pid=args.pid,
+        )
+        return self._counts
+
+    def checkpoint(self) -> Checkpointed:
+        """Describe the paused process; repeatable. The caller closes the dmabufs.
+
+        Raises CheckpointFailed (also without process_info before), ObjectsChanged if
+        objects came or went since process_info: unpause then, and start again.
+        """
+        counts = self._counts
+        if not self._paused or counts is None:
+            raise CheckpointFailed(f"CHECKPOINT of process {self.pid} without PROCESS_INFO")
+        check_counts(counts)
+        with ExitStack() as stack:
+            devices, bos, priv_data = (
+                stack.enter_context(GuardedBuffer(length))
+                for length in (
+                    counts.num_devices * ctypes.sizeof(uapi.kfd_criu_device_bucket),
+                    counts.num_bos * ctypes.sizeof(uapi.kfd_criu_bo_bucket),
+                    counts.priv_data_size,
+                )
+            )
+            args = uapi.kfd_ioctl_criu_args(
+                devices=devices.address,
+                bos=bos.address,
+                priv_data=priv_data.address,
+                priv_data_size=counts.priv_data_size,
+                num_devices=counts.num_devices,
+                num_bos=counts.num_bos,
+                num_objects=counts.num_objects,
+                pid=counts.pid,
+                op=uapi.KFD_CRIU_OP_CHECKPOINT,
+            )
+            with self._errors("CHECKPOINT", CheckpointFailed, {errno.EINVAL: ObjectsChanged}):
+                self.file.ioctl(uapi.AMDKFD_IOC_CRIU_OP, args)
+            bo_buckets = _bo_buckets(bos)
+            dmabufs = _take_dmabufs(bo_buckets)
+            checkpoint = KfdCheckpoint(
+                pid=counts.pid,
+                devices=tuple(
+                    DeviceBucket(user_gpu_id=d.user_gpu_id, actual_gpu_id=d.actual_gpu_id)
+                    for d in _device_buckets(devices)
+                ),
+                bos=tuple(_bo(bucket) for bucket in bo_buckets),
+                num_objects=counts.num_objects,
+                priv_data=bytes(priv_data.view),
+            )
+        return Checkpointed(checkpoint, dmabufs)
+
+    def unpause(self) -> None:
+        """Let the queues run again.
+
+        Raises CheckpointFailed, also if they were not paused; after a failure it still
+        counts as paused.
+        """
+        args = uapi.kfd_ioctl_criu_args(op=uapi.KFD_CRIU_OP_UNPAUSE)
+        with self._errors("UNPAUSE", CheckpointFailed):
+            self.file.ioctl(uapi.AMDKFD_IOC_CRIU_OP, args)
+        self._paused = False
+        self._counts = None
+
+    def unpause_if_paused(self) -> bool:
+        """For recovery: as ``unpause``, but False if the kernel says it is not paused."""
+        args = uapi.kfd_ioctl_criu_args(op=uapi.KFD_CRIU_OP_UNPAUSE)
+        done = True
+        with self._errors("UNPAUSE", CheckpointFailed):
+            try:
+                self.file.ioctl(uapi.AMDKFD_IOC_CRIU_OP, args)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                done = False
+        self._paused = False
+        self._counts = None
+        return done
+
+    def restore(
+        self,
+        checkpoint: KfdCheckpoint,
+        gpu_map: Mapping[int, int],
+        drm_fds: Mapping[int, int],
+        render_minors: Mapping[int, int],
+    ) -> Restored:
+        """Make all BOs, queues and events in the new process; queues stay stopped.
+
+        *gpu_map*: new actual gpu_id by the checkpoint's actual gpu_id. *drm_fds*: an open
+        render node by new actual gpu_id, numbers in the process where the ioctl runs.
+        *render_minors*: what the topology says of them. *checkpoint* comes from a peer
+        and is checked whole before the kernel sees it.
+
+        Raises RestoreFailed, MissingCapability, ProcessExited. After a refusal by the
+        kernel the process is of no use any more; a second attempt is refused here.
+        """
+        check_checkpoint(checkpoint)
+        devices = _new_devices(checkpoint, gpu_map, drm_fds)
+        check_drm_fds(self.pid, {gpu: drm_fds[gpu] for _, gpu, _ in devices}, render_minors)
+        proof = RestoreProof(process=identify(self.pid))
+        if self._restore_tried:
+            raise RestoreFailed(f"RESTORE of process {self.pid} a second time")
+        self._restore_tried = True
+        with ExitStack() as stack:
+            device_array = (uapi.kfd_criu_device_bucket * len(devices))(
+                *(uapi.kfd_criu_device_bucket(*device) for device in devices)
+            )
+            bo_array = (uapi.kfd_criu_bo_bucket * len(checkpoint.bos))(
+                *(_bucket(bo) for bo in checkpoint.bos)
+            )
+            priv_data = stack.enter_context(GuardedBuffer(len(checkpoint.priv_data)))
+            priv_data.view[:] = checkpoint.priv_data
+            args = uapi.kfd_ioctl_criu_args(
+                devices=ctypes.addressof(device_array),
+                bos=ctypes.addressof(bo_array),
+                priv_data=priv_data.address,
+                priv_data_size=len(checkpoint.priv_data),
+                num_devices=len(devices),
+                num_bos=len(checkpoint.bos),
+                num_objects=checkpoint.num_objects,
+                op=uapi.KFD_CRIU_OP_RESTORE,
+            )
+            try:
+                with self._errors("RESTORE", RestoreFailed):
+                    self.file.ioctl(uapi.AMDKFD_IOC_CRIU_OP, args)
+            except MigrateError:
+                _close_leftovers(bo_array)
+                raise
+            dmabufs = _take_dmabufs(list(bo_array))
+            offsets = tuple(bucket.restored_offset for bucket in bo_array)
+        return Restored(proof, offsets, dmabufs)
+
+    @contextmanager
+    def _errors(
+        self,
+        operation: str,
+        kind: type[MigrateError],
+        special: Mapping[int, type[MigrateError]] | None = None,
+    ) -> Iterator[None]:
+        """Turn the kernel's errno into a MigrateError."""
+        try:
+            yield
+        except OSError as error:
+            raise _failure(operation, self.pid, error, kind, special or {}) from error
+
+
+def resume(kfd: KfdFile, pid: int, proof: RestoreProof) -> bool:
+    """Let the queues of a restored process run; False if they had been let before.
+
+    *pid* is in the namespace of the caller of the ioctl. 0 from the kernel means that a
+    worker was scheduled: queues start later. Without *proof* it is never sent: RESUME of
+    a process that has no VM oopses the kernel.
+
+    Raises RestoreFailed, ProcessExited, MissingCapability.
+    """
+    if proof.process.pid != pid:
+        raise RestoreFailed(f"RESUME of process {pid}: RESTORE was seen of {proof.process.pid}")
+    if not os.path.exists(f"/proc/{pid}"):
+        raise ProcessExited(f"RESUME of process {pid}: it is gone")
+    if identify(pid) != proof.process:
+        raise ProcessExited(f"RESUME of process {pid}: another process has this pid now")
+    args = uapi.kfd_ioctl_criu_args(op=uapi.KFD_CRIU_OP_RESUME, pid=pid)
+    try:
+        kfd.ioctl(uapi.AMDKFD_IOC_CRIU_OP, args)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # restored it was, so it was resumed
+            return False
+        gone = {errno.ESRCH: ProcessExited}
+        raise _failure("RESUME", pid, error, RestoreFailed, gone) from error
+    return True
+
+
+_ERRORS: dict[int, type[MigrateError]] = {
+    errno.EACCES: MissingCapability,
+    errno.ENOTTY: KfdUnavailable,
+    errno.ETIME: SchedulerHang,
+}
+
+
+def _failure(
+    operation: str,
+    pid: int,
+    error: OSError,
+    kind: type[MigrateError],
+    special: Mapping[int, type[MigrateError]],
+) -> MigrateError:
+    number = error.errno or errno.EIO
+    if number in special:
+        kind = special[number]
+    elif operation == "PROCESS_INFO" and number == errno.ENODEV:
+        kind = NotKfdProcess
+    elif number == errno.EBADF and not os.path.exists(f"/proc/{pid}"):
+        kind = ProcessExited
+    elif number in _ERRORS:
+        kind = _ERRORS[number]
+    name = errno.errorcode.get(number, str(number))
+    return kind(f"{operation} of process {pid}: {name} ({os.strerror(number)})")
+
+
+# ---------------------------------------------------------------- structs and values
+
+
+def _device_buckets(buffer: GuardedBuffer) -> list[uapi.kfd_criu_device_bucket]:
+    size = ctypes.sizeof(uapi.kfd_criu_device_bucket)
+    array = (uapi.kfd_criu_device_bucket * (len(buffer.view) // size)).from_buffer_copy(buffer.view)
+    return list(array)
+
+
+def _bo_buckets(buffer: GuardedBuffer) -> list[uapi.kfd_criu_bo_bucket]:
+    size = ctypes.sizeof(uapi.kfd_criu_bo_bucket)
+    array = (uapi.kfd_criu_bo_bucket * (len(buffer.view) // size)).from_buffer_copy(buffer.view)
+    return list(array)
+
+
+def _take_dmabufs(buckets: list[uapi.kfd_criu_bo_bucket]) -> list[int | None]:
+    """The dmabuf fds, made close-on-exec: the kernel hands them out without."""
+    dmabufs = [None if b.dmabuf_fd == uapi.KFD_INVALID_FD else int(b.dmabuf_fd) for b in buckets]
+    for fd in dmabufs:
+        if fd is not None:
+            os.set_inheritable(fd, False)
+    return dmabufs
+
+
+def _close_leftovers(buckets: ctypes.Array[uapi.kfd_criu_bo_bucket]) -> None:
+    """RESTORE leaves dmabufs open if it fails at queues or events (criu_restore)."""
+    close_all([b.dmabuf_fd for b in buckets if b.dmabuf_fd != uapi.KFD_INVALID_FD])
+
+
+def _bo(bucket: uapi.kfd_criu_bo_bucket) -> BoBucket:
+    return BoBucket(
+        addr=bucket.addr,
+        size=bucket.size,
+        offset=bucket.offset,
+        restored_offset=bucket.restored_offset,
+        gpu_id=bucket.gpu_id,
+        alloc_flags=bucket.alloc_flags,
+    )
+
+
+def _bucket(bo: BoBucket) -> uapi.kfd_criu_bo_bucket:
+    return uapi.kfd_criu_bo_bucket(
+        addr=bo.addr,
+        size=bo.size,
+        offset=bo.offset,
+        gpu_id=bo.gpu_id,
+        alloc_flags=bo.alloc_flags,
+        dmabuf_fd=uapi.KFD_INVALID_FD,
+    )
+
+
+def _new_devices(
+    checkpoint: KfdCheckpoint, gpu_map: Mapping[int, int], drm_fds: Mapping[int, int]
+) -> list[tuple[int, int, int]]:
+    """(user_gpu_id, new actual_gpu_id, drm_fd) of each device."""
+    devices = []
+    for device in checkpoint.devices:
+        actual = gpu_map.get(device.actual_gpu_id)
+        if actual is None:
+            raise RestoreFailed(f"GPU {device.actual_gpu_id} is not in the GPU map")
+        if actual not in drm_fds:
+            raise RestoreFailed(f"no render node was opened for GPU {actual}")
+        devices.append((device.user_gpu_id, actual, drm_fds[actual]))
+    refuse_duplicates("destination GPU", (actual for _, actual, _ in devices))
+    return devices

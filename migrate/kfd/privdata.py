@@ -140,7 +140,7 @@ class BoRecord(Value):
     mapped_gpuids: tuple[int, ...]
 
 
-class QueueRecord(Value, tag="queue"):
+class QueueRecord(Value, tag_field="object_type", tag="queue"):
     """A queue with its memory queue descriptor and saved control stack."""
 
     q_address: int
@@ -165,7 +165,7 @@ class QueueRecord(Value, tag="queue"):
     ctl_stack: bytes = b""
 
 
-class EventRecord(Value, tag="event"):
+class EventRecord(Value, tag_field="object_type", tag="event"):
     """An event. ``user_handle`` (of the event page's BO) is set in the first one only.
 
     ``exception_data`` are the 32 bytes of the union, zero for signal events.
@@ -179,7 +179,7 @@ class EventRecord(Value, tag="event"):
     exception_data: bytes = bytes(sizeof(uapi.kfd_exception_data))
 
 
-class SvmRangeRecord(Value, tag="svm_range"):
+class SvmRangeRecord(Value, tag_field="object_type", tag="svm_range"):
     """An SVM range: start and size in pages, attributes as (type, value)."""
 
     start_addr: int

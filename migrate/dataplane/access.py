@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+Buffer = bytes | bytearray | memoryview
+
 
 class MemoryAccess(Protocol):
     """Random access to one object's bytes; thread-safe for disjoint ranges."""

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 import click
@@ -45,15 +45,24 @@ COMMANDS: dict[str, Entry] = {
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command when it is used."""
+    """A group that imports a command of *entries* when it is used."""
+
+    def __init__(self, entries: Mapping[str, Entry], help: str, epilog: str) -> None:
+        super().__init__(
+            params=list[click.Parameter](shared_options()),
+            context_settings={"help_option_names": ["-h", "--help"]},
+            help=help,
+            epilog=epilog,
+        )
+        self.entries = entries
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names, in the order of the table."""
-        return list(COMMANDS)
+        return list(self.entries)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command; UsageError if its module can't be imported."""
-        entry = COMMANDS.get(cmd_name)
+        entry = self.entries.get(cmd_name)
         if entry is None:
             return None
         if cmd_name not in self.commands:
@@ -65,7 +74,7 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of --help, from the table alone."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+            formatter.write_dl([(name, entry.help) for name, entry in self.entries.items()])
 
 
 def load(name: str, entry: Entry) -> click.Command:
@@ -82,26 +91,28 @@ def load(name: str, entry: Entry) -> click.Command:
     return command
 
 
-@click.group(
-    cls=LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    params=list[click.Parameter](shared_options()),
-    epilog="Exit codes: docs/exit-codes.md. A failed command says what to do.",
-)
-@click.version_option(package_name="migrate", prog_name="migrate")
-def cli() -> None:
-    """Live migration of running AMD ROCm processes between hosts."""
+def group(entries: Mapping[str, Entry] = COMMANDS) -> LazyGroup:
+    """The command ``migrate`` with the commands of *entries*."""
+    made = LazyGroup(
+        entries,
+        help="Live migration of running AMD ROCm processes between hosts.",
+        epilog="Exit codes: docs/exit-codes.md. A failed command says what to do.",
+    )
+    click.version_option(package_name="migrate", prog_name="migrate")(made)
+    return made
 
 
-def run(arguments: Sequence[str], settings: Settings | None = None) -> int:
+def run(arguments: Sequence[str], command: click.Command | None = None) -> int:
     """Run one command line and return its exit code; errors are printed, never raised."""
-    settings = settings or Settings()
+    settings = Settings()
     # A usage error may be found before --json is parsed.
     own = list(arguments)[: list(arguments).index("--")] if "--" in arguments else arguments
     settings.output.json = "--json" in own
     configure_logging(0)
     try:
-        result = cli.main(list(arguments), prog_name="migrate", standalone_mode=False, obj=settings)
+        result = (command or group()).main(
+            list(arguments), prog_name="migrate", standalone_mode=False, obj=settings
+        )
         sys.stdout.flush()
     except BrokenPipeError:
         _forget_stdout()

@@ -100,7 +100,7 @@ def _items(
     for object_id in forget:
         yield Forget(object_id=object_id)
     for source, _ in objects:
-        for offset in range(0, source.info.size, SPAN):
+        for offset in range(0, max(source.info.size, 1), SPAN):
             length = min(SPAN, source.info.size - offset)
             yield Span(object_id=source.info.id, offset=offset, length=length)
 

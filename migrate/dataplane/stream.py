@@ -290,15 +290,35 @@ class SourceStream:
             return  # lost in a cut of an earlier round, and gone since
         scan = SpanScan(self, source, self.round.access[item.object_id], item)
         try:
-            if item.object_id not in self._declared:
-                self._send(Kind.DECLARE, messages.pack_declare(source.info), b"", None)
-                self._declared.add(item.object_id)
+            if not source.info.size:
+                self._declare(source, item)
             scan.run()
         except (OSError, EOFError, FrameRejected):
             rest = scan.rest()
             if rest is not None:
                 self._todo.append(rest)
             raise
+
+    def _declare(self, source: SourceObject, item: Item | None = None) -> None:
+        """Once a connection, before the first run of the object."""
+        if source.info.id not in self._declared:
+            self._send(Kind.DECLARE, messages.pack_declare(source.info), b"", item)
+            self._declared.add(source.info.id)
+
+    def _send_data(
+        self,
+        source: SourceObject,
+        run: Run,
+        payload: memoryview | bytes,
+        item: Span,
+        digests: bytes,
+    ) -> None:
+        try:
+            self._declare(source)
+        except BaseException:
+            self._todo.append(item)
+            raise
+        self._send(Kind.DATA, run.pack(), payload, item, digests)
 
     def send_zeros(self, source: SourceObject, offset: int, length: int) -> None:
         """Declare whole chunks zero."""
@@ -307,7 +327,7 @@ class SourceStream:
         source.held.forget_run(first, count)
         run = Run(object_id=source.info.id, codec=Codec.ZERO, offset=offset, length=length)
         item = Span(object_id=source.info.id, offset=offset, length=length, again=True)
-        self._send(Kind.DATA, run.pack(), b"", item, source.held.zero_digests(first, count))
+        self._send_data(source, run, b"", item, source.held.zero_digests(first, count))
         self.round.counters.sent(Codec.ZERO, length, 0)
 
     def send_run(self, source: SourceObject, offset: int, raw: memoryview, digests: bytes) -> None:
@@ -320,7 +340,7 @@ class SourceStream:
         )
         item = Span(object_id=source.info.id, offset=offset, length=len(raw), again=True)
         began = time.monotonic()
-        self._send(Kind.DATA, run.pack(), payload, item, digests)
+        self._send_data(source, run, payload, item, digests)
         self._chooser.sent(len(payload), time.monotonic() - began)
         self.round.counters.sent(codec, len(raw), len(payload))
 

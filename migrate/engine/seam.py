@@ -18,7 +18,7 @@ from migrate.dataplane.access import MemoryAccess
 from migrate.kfd.process import KfdProcess
 from migrate.model import ProcessRef, Value
 
-T = TypeVar("T", covariant=True)
+T = TypeVar("T", covariant=True)  # noqa: PLC0105 - users of the seam write Visitor[T]
 
 
 class Blocker(Value):
@@ -73,6 +73,27 @@ class Moved(Value):
     new_offset: int
     user_gpu_id: int
     actual_gpu_id: int
+
+
+class MovedGpu(Value):
+    """A GPU of the process: the id it knows, those of source and destination, and its node.
+
+    ``drm_fd`` is the number of the render node in the new process (KfdFile.open_node).
+    """
+
+    user_gpu_id: int
+    source_gpu_id: int
+    gpu_id: int
+    drm_fd: int
+
+
+class MovedBo(Value):
+    """A BO whose mmap offset changed. ``gpu_id`` is the id the process knows."""
+
+    gpu_id: int
+    offset: int
+    size: int
+    restored_offset: int
 
 
 class Visitor(Protocol[T]):
@@ -148,3 +169,6 @@ class HeldProcess(Protocol):
 
     def release(self) -> None:
         """Let it run (after RESUME of its queues)."""
+
+    def abandon(self) -> None:
+        """Give up what is under construction and wait until it is gone. Idempotent."""

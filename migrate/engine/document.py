@@ -1,0 +1,77 @@
+"""What a process with the runtime hands over, and what it is told when it is rebuilt."""
+
+from __future__ import annotations
+
+import msgspec
+
+from migrate.engine.seam import MovedBo, MovedGpu
+from migrate.kfd import uapi
+from migrate.model import Value
+
+KFD = 0  # FileMapping.gpu_id of a mapping of /dev/kfd itself
+
+
+class FileMapping(Value):
+    """Memory of a device file: of a GPU's render node, or of /dev/kfd (gpu_id KFD).
+
+    ``gpu_id`` is the id the process knows (user_gpu_id); lengths are bytes.
+    """
+
+    gpu_id: int
+    offset: int
+    address: int
+    length: int
+
+
+class Arena(Value):
+    """Private memory at an address of ours, whose contents move with the process."""
+
+    address: int
+    length: int
+
+
+class Document(Value):
+    """The CPU side of a process, at one instant. ``state`` is the program's own record."""
+
+    executable: str
+    arguments: tuple[str, ...]
+    directory: str
+    environment: dict[str, str]
+    umask: int
+    output: tuple[str, str]  # paths of stdout and stderr where they are regular files
+    mappings: tuple[FileMapping, ...]
+    arenas: tuple[Arena, ...]
+    next_address: int
+    state: bytes
+
+
+class Finish(Value):
+    """Everything the trampoline needs to become the process."""
+
+    document: Document
+    gpus: tuple[MovedGpu, ...]
+    bos: tuple[MovedBo, ...]
+    number: int  # of the freeze it then stops itself in
+
+
+def moved(
+    mapping: FileMapping, gpus: tuple[MovedGpu, ...], bos: tuple[MovedBo, ...]
+) -> FileMapping:
+    """*mapping* with the offset its memory has now.
+
+    Offsets of render nodes are a GPU's own; those of /dev/kfd encode the GPU, also for
+    doorbells that no BO stands for. Any other (the event page) stays.
+    """
+    for bo in bos:
+        same_file = mapping.gpu_id in (KFD, bo.gpu_id)
+        if same_file and bo.offset <= mapping.offset < bo.offset + bo.size:
+            offset = bo.restored_offset + mapping.offset - bo.offset
+            return msgspec.structs.replace(mapping, offset=offset)
+    kind = mapping.offset & uapi.KFD_MMAP_TYPE_MASK
+    if mapping.gpu_id == KFD and kind == uapi.KFD_MMAP_TYPE_DOORBELL:
+        actual = {gpu.source_gpu_id: gpu.gpu_id for gpu in gpus}
+        now = actual.get(uapi.KFD_MMAP_GET_GPU_ID(mapping.offset))
+        if now is not None:
+            rest = mapping.offset & ~uapi.KFD_MMAP_GPU_ID_MASK
+            return msgspec.structs.replace(mapping, offset=rest | uapi.KFD_MMAP_GPU_ID(now))
+    return mapping

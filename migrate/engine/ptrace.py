@@ -1,0 +1,119 @@
+"""Stopping every thread of a process for a moment: PTRACE_SEIZE and PTRACE_INTERRUPT.
+
+Seized, not attached: no SIGSTOP is sent, a process in group-stop is found in it and goes
+back to it when let go, and if the tracer dies the kernel lets go by itself.
+Everything must be called from one thread, which is the tracer (ptrace(2)).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import time
+
+from migrate.engine import procfs
+from migrate.errors import (
+    AlreadyTraced,
+    ForeignProcess,
+    FreezeTimeout,
+    NoSuchProcess,
+    PtraceDenied,
+)
+
+_PTRACE_DETACH = 17
+_PTRACE_SEIZE = 0x4206
+_PTRACE_INTERRUPT = 0x4207
+_WALL = 0x40000000
+_POLL = 0.0002  # seconds
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ptrace.restype = ctypes.c_long
+_libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+
+
+def _ptrace(request: int, thread: int, data: int = 0) -> None:
+    if _libc.ptrace(request, thread, None, data) == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+class Stopped:
+    """All threads of a process, stopped. ``let_go`` undoes it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._signals: dict[int, int] = {}  # thread -> signal to deliver when let go
+
+    def stop(self, timeout: float) -> None:
+        """Stop every thread, also those made meanwhile. *timeout* in seconds.
+
+        Raises NoSuchProcess, ForeignProcess, AlreadyTraced, PtraceDenied, FreezeTimeout;
+        then nothing is held.
+        """
+        deadline = time.monotonic() + timeout
+        try:
+            while fresh := [t for t in procfs.threads(self.pid) if t not in self._signals]:
+                seized = [thread for thread in fresh if self._seize(thread)]
+                for thread in seized:
+                    self._wait(thread, deadline)
+            if not self._signals:
+                raise NoSuchProcess(f"process {self.pid} has ended")
+        except BaseException:
+            self.let_go()
+            raise
+
+    def _seize(self, thread: int) -> bool:
+        try:
+            _ptrace(_PTRACE_SEIZE, thread)
+            self._signals[thread] = 0
+            _ptrace(_PTRACE_INTERRUPT, thread)
+        except OSError as error:
+            if error.errno == errno.ESRCH:
+                self._signals[thread] = 0  # it ended; don't look at it again
+                return False
+            raise self._denied() from error
+        return True
+
+    def _wait(self, thread: int, deadline: float) -> None:
+        while True:
+            try:
+                found, status = os.waitpid(thread, os.WNOHANG | _WALL)
+            except ChildProcessError:
+                return
+            if found:
+                break
+            if time.monotonic() > deadline:
+                raise FreezeTimeout(f"thread {thread} of process {self.pid} did not stop in time")
+            time.sleep(_POLL)
+        # A stop with an event is ours or a group-stop; one without has a signal to deliver.
+        if os.WIFSTOPPED(status) and not status >> 16:
+            self._signals[thread] = os.WSTOPSIG(status)
+
+    def _denied(self) -> Exception:
+        pid = self.pid
+        tracer = procfs.tracer(pid)
+        if tracer and tracer != os.getpid():
+            return AlreadyTraced(f"process {pid} is traced by process {tracer}")
+        if os.geteuid() not in (0, procfs.uid(pid)):
+            return ForeignProcess(f"process {pid} belongs to user {procfs.uid(pid)}")
+        scope = procfs.ptrace_scope()
+        why = f" (kernel.yama.ptrace_scope is {scope})" if scope else ""
+        return PtraceDenied(f"the kernel forbids tracing process {pid}{why}")
+
+    def let_go(self) -> None:
+        """Detach from every thread. Idempotent."""
+        while self._signals:
+            thread, signal = self._signals.popitem()
+            with contextlib.suppress(OSError):  # it was killed
+                self._detach(thread, signal)
+
+    def _detach(self, thread: int, signal: int) -> None:
+        try:
+            _ptrace(_PTRACE_DETACH, thread, signal)
+        except OSError:
+            # Not stopped: seized a moment ago. It has an interrupt coming.
+            with contextlib.suppress(FreezeTimeout):
+                self._wait(thread, time.monotonic() + 0.1)
+            _ptrace(_PTRACE_DETACH, thread, self._signals.pop(thread, 0))

@@ -1,0 +1,73 @@
+"""The agent's side of the tracer helper."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from migrate.engine import procfs
+from migrate.engine.remote import Connection, RemoteFile
+from migrate.engine.wire import Kind
+from migrate.errors import CheckpointFailed, MigrateError, NoSuchProcess, ProcessExited
+from migrate.kfd.process import KfdProcess
+from migrate.model import HostPaths, ProcessRef
+
+HELPER_EXIT = 10.0  # seconds until a helper that was told to end is killed
+
+
+@contextlib.contextmanager
+def traced(
+    process: ProcessRef, paths: HostPaths, *, leave_paused: bool = False
+) -> Iterator[list[KfdProcess]]:
+    """All threads of *process* stopped, its KFD file usable for the CRIU operations.
+
+    Whatever is still paused at the end is started again, unless the body ends well and
+    *leave_paused* is set. Raises NoSuchProcess, NotKfdProcess, ForeignProcess, PtraceDenied,
+    AlreadyTraced, FreezeTimeout; ProcessExited if the process dies in the middle,
+    CheckpointFailed if the helper does.
+    """
+    if not procfs.is_alive(process):
+        raise NoSuchProcess(f"process {process.pid} has ended")
+    with _helper(process.pid, paths) as connection:
+        try:
+            file = RemoteFile(connection, connection.ask(Kind.ATTACH).file)
+            if not procfs.is_alive(process):
+                raise NoSuchProcess(f"process {process.pid} has ended")
+            yield [KfdProcess(file, process.pid)]
+            connection.ask(Kind.DONE, file=int(leave_paused))
+        except (OSError, MigrateError) as error:
+            if isinstance(error, NoSuchProcess):
+                raise
+            if not procfs.is_alive(process):
+                raise ProcessExited(f"process {process.pid} ended while it was held") from error
+            if isinstance(error, ConnectionResetError):
+                raise CheckpointFailed("the helper that held the process died") from error
+            raise
+
+
+@contextlib.contextmanager
+def _helper(pid: int, paths: HostPaths) -> Iterator[Connection]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours:
+        with theirs:
+            command = [sys.executable, "-m", "migrate.engine.tracer"]
+            command += ["--fd", str(theirs.fileno()), "--kfd", paths.kfd, str(pid)]
+            helper = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C at the agent's terminal is not for it
+            )
+        try:
+            yield Connection(ours)
+        finally:
+            ours.close()  # a helper that was not told DONE undoes and ends
+            try:
+                helper.wait(HELPER_EXIT)
+            except subprocess.TimeoutExpired:
+                helper.kill()
+                helper.wait()

@@ -125,11 +125,11 @@ class QueryRequest(_message.Message):
     def __init__(self, migration: _Optional[str] = ...) -> None: ...
 
 class QueryReply(_message.Message):
-    __slots__ = ("state", "store_id", "figures")
+    __slots__ = ("state", "store_id", "token")
     STATE_FIELD_NUMBER: _ClassVar[int]
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
-    FIGURES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     state: str
     store_id: str
-    figures: bytes
-    def __init__(self, state: _Optional[str] = ..., store_id: _Optional[str] = ..., figures: _Optional[bytes] = ...) -> None: ...
+    token: bytes
+    def __init__(self, state: _Optional[str] = ..., store_id: _Optional[str] = ..., token: _Optional[bytes] = ...) -> None: ...

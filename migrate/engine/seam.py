@@ -107,6 +107,7 @@ class ProcessEngine(Protocol):
     """Freeze, dump, restore held, release, kill. All methods raise MigrateError."""
 
     name: str
+    can_hide_gpus: bool  # whether restore() can show the copy only the mapped GPUs
 
     def survey(self, pid: int) -> Survey:
         """Look at a process. Raises NoSuchProcess, NotKfdProcess, ForeignProcess."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import MmapAccess
 from migrate.dataplane.staging import Staging
 from migrate.engine.seam import HeldProcess, Moved
@@ -278,9 +279,7 @@ class DestinationMigration:
         held.finish(_moves(order, restored))
         self._clock.lap("engine")
 
-    def _record_copy(
-        self, process: ProcessRef, restored: tuple[RestoreProof, ...] = ()
-    ) -> None:
+    def _record_copy(self, process: ProcessRef, restored: tuple[RestoreProof, ...] = ()) -> None:
         self.copy = CopyRecord(process=process, restored=restored)
         self.host.journal.append(self.id, "copy", self.copy)
 
@@ -307,9 +306,7 @@ class DestinationMigration:
             if item.object_id not in manifest:
                 raise VerificationFailed(f"object {item.object_id} has no digests")
             with _target(item, held, restored) as target:
-                self._verified += staging.verify(
-                    item.object_id, target, manifest[item.object_id]
-                )
+                self._verified += staging.verify(item.object_id, target, manifest[item.object_id])
         self._clock.lap("read_back")
 
     def _go_on(self) -> None:
@@ -330,7 +327,8 @@ def _open_nodes(
 @contextmanager
 def _target(
     item: ObjectOrder, held: HeldProcess, restored: Sequence[Restored]
-) -> Iterator[MmapAccess]:
+) -> Iterator[MemoryAccess]:
+    access: MemoryAccess
     if item.bo is not None:
         fd = restored[item.bo.process].dmabufs[item.bo.index]
         if fd is None:
@@ -351,9 +349,7 @@ def _moves(order: RestoreOrder, restored: Sequence[Restored]) -> list[Moved]:
     moves = []
     for number, checkpoint in enumerate(order.checkpoints):
         actual = {d.user_gpu_id: gpu_map[d.actual_gpu_id] for d in checkpoint.devices}
-        for bucket, offset in zip(
-            checkpoint.bos, restored[number].restored_offsets, strict=True
-        ):
+        for bucket, offset in zip(checkpoint.bos, restored[number].restored_offsets, strict=True):
             moves.append(
                 Moved(
                     process=number,

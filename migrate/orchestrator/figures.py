@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from migrate.dataplane.messages import ObjectKind
-from migrate.dataplane.sender import RoundStats
+from migrate.dataplane.stats import RoundStats
 from migrate.engine.seam import Survey
 from migrate.errors import MigrateError, OwnedDead, OwnerUnknown
 from migrate.model import GpuMap
@@ -143,21 +143,21 @@ class SourceFigures:
         error: MigrateError | None,
         source_alive: bool,
         peak: PeakMemory,
+        *,
+        ended: bool = True,
     ) -> Report:
-        """The report as things stand."""
+        """The report as things stand; *ended* says that nothing more will happen."""
         owner = owner_of(state) if state is not None else owner_of(SourceState.SETUP)
-        if state is SourceState.GRANTED and error is None:
+        if ended and state is SourceState.GRANTED and error is None:
             error = _unanswered(answer)
         done = state is SourceState.DONE
         return Report(
             id=self.migration,
-            status=self._status(state, error),
+            status=self._status(state, error) if ended else self.narrator.status,
             owner=owner,
             running=_running(state, source_alive),
             source=End(host=self.source, pid=self.survey.process.pid),
-            destination=End(
-                host=self.destination, pid=self._destination.pid if done else None
-            ),
+            destination=End(host=self.destination, pid=self._destination.pid if done else None),
             command=self.survey.command,
             engine=self.engine,
             started=self.started,
@@ -180,8 +180,10 @@ class SourceFigures:
             return Status.COMPLETED
         if state in (SourceState.GRANTED, SourceState.RELEASING):
             return Status.HANDOVER
-        return Status.CANCELLED if error is not None and error.reason == "CANCELLED" else (
-            Status.FAILED
+        return (
+            Status.CANCELLED
+            if error is not None and error.reason == "CANCELLED"
+            else (Status.FAILED)
         )
 
     def _bytes(self) -> Bytes:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from migrate.engine.seam import ProcessEngine
 from migrate.journal import Journal
 from migrate.kfd.file import KfdFile, open_device
+from migrate.kfd.probe import bo_record_size
 from migrate.kfd.sysfs import read_topology, read_vram
 from migrate.model import HostPaths
 from migrate.report import PeakMemory
 from migrate.topology.model import Topology
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True)  # not a Value: it holds live things
 class Host:
     """This host, as the orchestrator sees it.
 
@@ -34,6 +36,11 @@ class Host:
     def free_vram(self) -> dict[int, int]:
         """Free VRAM in bytes by gpu_id."""
         return {usage.gpu_id: usage.free for usage in read_vram(self.paths, self.topology())}
+
+    @cached_property
+    def bo_record_size(self) -> int:
+        """Bytes of a BO record in this kernel's private data. Raises KfdUnavailable."""
+        return bo_record_size(self.paths)
 
     def open_kfd(self) -> KfdFile:
         """A kfd file of our own, for RESUME. Raises KfdUnavailable."""

@@ -14,10 +14,21 @@ from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import MmapAccess
 from migrate.dataplane.messages import ObjectInfo, ObjectKind
 from migrate.engine.seam import CpuRange
+from migrate.kfd.privdata import PrivateData, decode
 from migrate.kfd.process import Checkpointed, KfdCheckpoint
 from migrate.orchestrator.plan import BoKey, ObjectOrder
 
 _Key = tuple[object, ...]
+
+
+def private_data(checkpoint: KfdCheckpoint) -> PrivateData:
+    """The checkpoint's private data, decoded. Raises BrokenPrivateData."""
+    return decode(
+        checkpoint.priv_data,
+        len(checkpoint.devices),
+        len(checkpoint.bos),
+        checkpoint.num_objects,
+    )
 
 
 class ObjectTable:
@@ -29,12 +40,12 @@ class ObjectTable:
     def bos(self, process: int, checkpoint: KfdCheckpoint) -> list[ObjectOrder]:
         """One order for every BO whose contents must be moved, in bucket order."""
         orders = []
-        for index, (bucket, handle) in enumerate(
-            zip(checkpoint.bos, checkpoint.bo_handles(), strict=True)
+        for index, (bucket, record) in enumerate(
+            zip(checkpoint.bos, private_data(checkpoint).bos, strict=True)
         ):
             if not bucket.has_contents:
                 continue
-            key = ("bo", process, handle, bucket.addr, bucket.size, bucket.alloc_flags)
+            key = ("bo", process, record.idr_handle, bucket.addr, bucket.size, bucket.alloc_flags)
             orders.append(
                 ObjectOrder(
                     object_id=self._id(key),

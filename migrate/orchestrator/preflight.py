@@ -14,9 +14,10 @@ from migrate.errors import (
 from migrate.kfd.process import KfdCheckpoint
 from migrate.model import GpuMap
 from migrate.orchestrator.host import Host, available_memory
+from migrate.orchestrator.objects import private_data
 from migrate.orchestrator.plan import KfdNeeds, Needs, Options
 from migrate.topology.gpumap import parse_gpu_map
-from migrate.topology.match import match, no_map_error
+from migrate.topology.match import error_of, match
 from migrate.topology.model import Topology
 
 # A process may allocate between the reservation and the freeze; more than that is refused.
@@ -42,7 +43,7 @@ def _kfd_needs(checkpoint: KfdCheckpoint) -> KfdNeeds:
         if bo.is_vram:
             vram[actual[bo.gpu_id]] += bo.size
     return KfdNeeds(
-        gpus=tuple(actual.values()), vram=vram, priv_bo_size=checkpoint.priv_bo_size()
+        gpus=tuple(actual.values()), vram=vram, priv_bo_size=private_data(checkpoint).bo_record_size
     )
 
 
@@ -59,9 +60,9 @@ def check_room(host: Host, engine: str, wanted: Needs, options: Options) -> None
             f"{wanted.memory} bytes of host memory are needed for staging and CPU memory,"
             f" {free} are available on {host.name}"
         )
-    sizes = {k.priv_bo_size for k in wanted.processes} - {0}
-    here = host.priv_bo_size()
-    if here and sizes - {here}:
+    sizes = {k.priv_bo_size for k in wanted.processes}
+    here = host.bo_record_size
+    if sizes - {here}:
         raise LayoutMismatch(
             f"the source's kernel uses BO records of {sorted(sizes)} bytes,"
             f" {host.name}'s uses {here}"
@@ -77,16 +78,14 @@ def choose_map(host: Host, source: Topology, wanted: Needs, options: Options) ->
         for gpu, size in kfd.vram.items():
             vram[gpu] += size
     destination = host.topology()
-    if len(visible) < len(destination.gpus) and not host.can_hide_gpus:
+    if len(visible) < len(destination.gpus) and not host.engine.can_hide_gpus:
         raise VisibleGpus(
             f"the process sees {len(visible)} GPUs, {host.name} shows {len(destination.gpus)},"
             " and KFD wants the same number at RESTORE",
             advice="Choose a destination with as many GPUs, or one that can hide GPUs by a"
             " device cgroup (criu engine, cgroup v2, root).",
         )
-    override = (
-        parse_gpu_map(options.gpu_map, source, destination) if options.gpu_map else None
-    )
+    override = parse_gpu_map(options.gpu_map, source, destination) if options.gpu_map else None
     result = match(
         source,
         destination,
@@ -98,5 +97,5 @@ def choose_map(host: Host, source: Topology, wanted: Needs, options: Options) ->
         relax=frozenset(options.relax),
     )
     if result.map is None:
-        raise no_map_error(result)
+        raise error_of(result)
     return result.map

@@ -11,9 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime
 
-from migrate.dataplane.sender import RoundStats, Sender
+from migrate.dataplane.sender import Sender
+from migrate.dataplane.stats import RoundStats
 from migrate.engine.seam import CpuImage, Survey
 from migrate.errors import (
     Cancelled,
@@ -29,7 +29,13 @@ from migrate.model import GpuMap
 from migrate.orchestrator import convergence, preflight
 from migrate.orchestrator.convergence import Costs, Decision
 from migrate.orchestrator.figures import SourceFigures
-from migrate.orchestrator.handover import Answer, Failed, Prepared, SourceHandover
+from migrate.orchestrator.handover import (
+    Answer,
+    Failed,
+    Prepared,
+    Restarted,
+    SourceHandover,
+)
 from migrate.orchestrator.host import Host
 from migrate.orchestrator.narrator import Narrator
 from migrate.orchestrator.objects import ObjectTable, opened
@@ -37,7 +43,7 @@ from migrate.orchestrator.peer import Peer, Reservation
 from migrate.orchestrator.plan import ObjectOrder, Options, RestoreOrder
 from migrate.orchestrator.source_handover import SourceSide, note_pausing, note_unpaused, refusal
 from migrate.report import Report
-from migrate.status import Owner, SourceState, Status
+from migrate.status import SourceState, Status
 
 SenderFactory = Callable[[str, Reservation, Options], Sender]
 
@@ -53,6 +59,7 @@ class SourceMigration:
         peer: Peer,
         options: Options,
         connect: SenderFactory,
+        machine: SourceHandover,
     ) -> None:
         self.id = migration
         self.survey = survey
@@ -70,7 +77,7 @@ class SourceMigration:
         self.side = SourceSide(
             migration,
             self.process,
-            SourceHandover(),
+            machine,
             journal=host.journal,
             engine=host.engine,
             peer=peer,
@@ -79,6 +86,7 @@ class SourceMigration:
             stop=self.stop,
         )
         self._objects = ObjectTable()
+        self._sent_before: set[int] = set()
         self._reservation: Reservation | None = None
         self._sender: Sender | None = None
 
@@ -94,11 +102,39 @@ class SourceMigration:
             self._switchover()
         except MigrateError as raised:
             error = self._explained(raised)
-        except Exception as raised:  # noqa: BLE001 a bug must undo like any failure
+        except Exception as raised:
             error = MigrateError(f"{type(raised).__name__}: {raised}")
         if error is not None:
             self._fail(error)
         return self._finish(error)
+
+    def resume(self) -> Report:
+        """Go on from the journal after a restart of the agent: finish, undo, or keep asking."""
+        error: MigrateError | None = MigrationFailed(
+            "the source's agent was restarted during the migration"
+        )
+        present = self.host.engine.is_alive(self.process)
+        if self.side.machine.state is SourceState.RELEASING:
+            error = None
+        self.narrator.enter("recovery", Status.HANDOVER)
+        try:
+            self.side.feed(Restarted(copy_present=present))
+        except MigrateError as raised:
+            error = raised
+        if self.side.machine.state in (SourceState.DONE, SourceState.GRANTED):
+            error = None
+        return self._finish(error)
+
+    def report_now(self) -> Report:
+        """The report as things stand, while it runs."""
+        return self.figures.report(
+            self.side.machine.state,
+            self.side.answer,
+            None,
+            self.host.engine.is_alive(self.process),
+            self.host.peak_memory(),
+            ended=False,
+        )
 
     def _fail(self, error: MigrateError) -> None:
         """Undo. Not being able to is said, and left to the next start of the agent."""
@@ -118,9 +154,7 @@ class SourceMigration:
         if error is None and state is SourceState.ROLLED_BACK:
             error = refusal(self.side.answer)
         alive = self.host.engine.is_alive(self.process)
-        report = self.figures.report(
-            state, self.side.answer, error, alive, self.host.peak_memory()
-        )
+        report = self.figures.report(state, self.side.answer, error, alive, self.host.peak_memory())
         self.narrator.owner = report.owner
         if state in (SourceState.DONE, SourceState.ROLLED_BACK, None) or error is not None:
             self._journal_report(report)
@@ -211,7 +245,8 @@ class SourceMigration:
         self._checkpoint_cancel()
         self.narrator.enter("restore", Status.DEVICE)
         assert self._sender is not None
-        prepared = self.peer.restore(self.id, order, self._sender.manifest())
+        manifest = {number: digests for number, (_, digests) in self._sender.manifest().items()}
+        prepared = self.peer.restore(self.id, order, manifest)
         self.figures.restored(prepared.figures)
         downtime.lap("restore")
 
@@ -256,19 +291,30 @@ class SourceMigration:
         total = sum(order.size for order in orders)
         started = time.monotonic()
 
-        def progress(done: int, _wire: int) -> None:
+        def progress(done: int, _total: int) -> None:
             rate = done / max(time.monotonic() - started, 1e-6)
             self.narrator.say(
-                "", number=number, rate=rate, left=total - done, total=total,
+                "",
+                number=number,
+                rate=rate,
+                left=total - done,
+                total=total,
                 predicted=self.figures.predicted,
             )
 
         with opened(
             orders, checkpoints, lambda r: self.host.engine.memory(self.process, r)
         ) as objects:
-            self._sender.keep_only({info.object_id for info, _ in objects})
+            self._drop_gone({info.id for info, _ in objects})
             stats: RoundStats = self._sender.send_round(objects, progress, self.cancel)
         self.figures.sent(stats, orders, frozen=frozen)
+
+    def _drop_gone(self, present: set[int]) -> None:
+        """Objects that the process freed since the last round are freed over there too."""
+        assert self._sender is not None
+        for gone in self._sent_before - present:
+            self._sender.drop_object(gone)
+        self._sent_before = present
 
     def _costs(self) -> Costs:
         return self.figures.costs(self.options.bandwidth)
@@ -308,11 +354,3 @@ def _checkpoint_and_unpause(kfd: Sequence[KfdProcess]) -> list[Checkpointed]:
     finally:
         for process in kfd:
             process.unpause_if_paused()
-
-
-def started_now() -> str:
-    """The wall clock for people, RFC 3339 in UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-__all__ = ["Owner", "SourceMigration", "started_now"]

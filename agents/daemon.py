@@ -1,0 +1,164 @@
+"""The agent process: everything wired together, served until SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+from migrate.dataplane.peak_memory import PeakMemorySampler
+
+from agents.config import AgentConfig
+from agents.destination import Destinations
+from agents.operator_servicer import OperatorServicer
+from agents.peer_servicer import PeerServicer
+from agents.source import Sources
+from migrate.dataplane.channel import TcpListener
+from migrate.dataplane.receiver import Receiver
+from migrate.engine.reexec import ReexecEngine
+from migrate.engine.seam import ProcessEngine
+from migrate.errors import AgentBusy, UsageError
+from migrate.inventory import split_address
+from migrate.journal import Journal
+from migrate.model import HostPaths
+from migrate.orchestrator.host import Host
+from migrate.orchestrator.peer import Peer
+from migrate.report import PeakMemory
+from migrate.rpc import tls
+from migrate.rpc.pb import agent_pb2_grpc, peer_pb2_grpc
+from migrate.rpc.peer import GrpcPeer
+
+_log = logging.getLogger(__name__)
+
+WORKERS = 64  # calls at once; a watcher holds one as long as it watches
+STOP_GRACE = 5.0  # seconds that calls under way have at the end
+
+
+class Agent:
+    """One host's agent. ``start`` returns when it answers; ``stop`` ends it."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        """Open everything that can fail. Raises MigrateError."""
+        self.config = config
+        paths = config.host_paths()
+        self._lock = _only_agent(paths)
+        self.journal = Journal(Path(paths.run) / "journal.db")
+        self._memory = PeakMemorySampler()
+        self.host = Host(
+            name=config.name,
+            paths=paths,
+            journal=self.journal,
+            engine=_engine(config.engine, paths),
+            peak_memory=self._peak,
+        )
+        data_host, data_port = split_address(config.data_listen)
+        listener = TcpListener(data_host, data_port)
+        self._receiver = Receiver(listener)
+        self.sources = Sources(self.host, self._dial)
+        self.destinations = Destinations(self.host, self._receiver, listener.port, self._dial)
+        self._server = grpc.server(ThreadPoolExecutor(WORKERS), options=tls.OPTIONS)
+        self.port = self._serve()
+
+    @property
+    def address(self) -> str:
+        """What other hosts dial: ``advertise``, or where it listens."""
+        host, _ = split_address(self.config.listen)
+        return self.config.advertise or f"{host}:{self.port}"
+
+    def start(self) -> None:
+        """Recover what the journal has, then answer."""
+        self._memory.start()
+        self._receiver.start()
+        # Copies that were never granted are ended before anybody can grant them.
+        self.destinations.recover()
+        self._server.start()
+        self.destinations.start()
+        for migration in self.sources.recover():
+            _log.warning("going on with migration %s", migration)
+
+    def stop(self) -> None:
+        """Undo what was not granted, leave the rest on record, and end."""
+        self.sources.stop()
+        self.destinations.stop()
+        self._server.stop(STOP_GRACE).wait()
+        self._receiver.close()
+        self._memory.stop()
+        self.journal.close()
+        os.close(self._lock)
+
+    def _serve(self) -> int:
+        agent_pb2_grpc.add_AgentServicer_to_server(
+            OperatorServicer(self.host, self.sources), self._server
+        )
+        peer_pb2_grpc.add_PeerServicer_to_server(
+            PeerServicer(self.journal, self.sources, self.destinations, self.config.allow_from),
+            self._server,
+        )
+        credentials = tls.server_credentials(self.config.tls)
+        try:
+            return self._server.add_secure_port(self.config.listen, credentials)
+        except RuntimeError as error:
+            raise UsageError(
+                f"can't listen on {self.config.listen}: {error}",
+                advice="Is another agent running, or is the address not of this host?",
+            ) from error
+
+    def _dial(self, name: str, address: str) -> Peer:
+        return GrpcPeer(
+            name,
+            address,
+            self.config.tls,
+            source=self.config.name,
+            source_address=self.address,
+            store_id=self.journal.store_id,
+        )
+
+    def _peak(self) -> PeakMemory:
+        peak = self._memory.peak()
+        return PeakMemory(agent=peak.agent, staging=peak.staging)
+
+
+def _engine(name: str, paths: HostPaths) -> ProcessEngine:
+    if name != "reexec":
+        raise UsageError(f"engine: {name!r} is not one of: reexec")
+    return ReexecEngine(paths)
+
+
+def _only_agent(paths: HostPaths) -> int:
+    """A lock held as long as the agent lives: two agents on one journal would both decide."""
+    run = Path(paths.run)
+    try:
+        run.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd = os.open(run / "agent.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UsageError(
+            f"can't use the run directory {run}: {error.strerror}",
+            advice="Run the agent as a user that may write there, or set paths.run.",
+        ) from error
+    try:
+        os.lockf(fd, os.F_TLOCK, 0)
+    except OSError as error:
+        os.close(fd)
+        raise AgentBusy(f"another agent uses {run}") from error
+    return fd
+
+
+def serve(config: AgentConfig, ready_fd: int | None = None) -> None:
+    """Run an agent until SIGTERM or SIGINT. *ready_fd* gets its address when it answers."""
+    agent = Agent(config)
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    agent.start()
+    if ready_fd is not None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(ready_fd, f"{agent.address}\n".encode())
+        os.close(ready_fd)
+    _log.info("agent of %s answers at %s", config.name, agent.address)
+    ended.wait()
+    agent.stop()

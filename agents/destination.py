@@ -1,0 +1,171 @@
+"""The migrations that come to this host: reserved, built, owned, and found after a restart."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+
+from migrate.dataplane.receiver import Receiver
+from migrate.errors import AgentBusy, MigrateError, UnknownMigration
+from migrate.model import GpuMap
+from migrate.orchestrator.destination import (
+    CopyRecord,
+    DestinationMigration,
+    DestinationRecord,
+    SourceRecord,
+)
+from migrate.orchestrator.handover import DestinationHandover, Restarted
+from migrate.orchestrator.host import Host
+from migrate.orchestrator.peer import Peer
+from migrate.orchestrator.plan import Needs, Options
+from migrate.orchestrator.preflight import check_room, choose_map
+from migrate.status import DestinationState, SourceState
+from migrate.topology.model import Topology
+
+_log = logging.getLogger(__name__)
+
+UPKEEP = 2.0  # seconds between looks at what waits
+SILENCE = 10.0  # seconds without a word before the source is asked
+RESERVATION_LIFE = 300.0  # seconds a reservation outlives a source that can't be reached
+
+UNGRANTED = frozenset(
+    {DestinationState.RESERVED, DestinationState.RESTORING, DestinationState.PREPARED}
+)
+NOT_GRANTED = frozenset({SourceState.UNDOING, SourceState.ROLLED_BACK})
+
+
+class Destinations:
+    """All migrations whose destination is this host."""
+
+    def __init__(
+        self, host: Host, receiver: Receiver, data_port: int, dial: Callable[[str, str], Peer]
+    ) -> None:
+        self._host = host
+        self._receiver = receiver
+        self._data_port = data_port
+        self._dial = dial
+        self._lock = threading.Lock()
+        self._live: dict[str, DestinationMigration] = {}
+        self._stop = threading.Event()
+        self._upkeep = threading.Thread(target=self._look_after, name="upkeep", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look after what waits."""
+        self._upkeep.start()
+
+    def reserve(
+        self,
+        migration: str,
+        source: SourceRecord,
+        engine: str,
+        needs: Needs,
+        topology: Topology,
+        options: Options,
+    ) -> tuple[GpuMap, int, bytes, bytes]:
+        """Check and make room. Returns GPU map, data port, session id and secret."""
+        check_room(self._host, engine, needs, options)
+        gpu_map = choose_map(self._host, topology, needs, options)
+        with self._lock:
+            known = self._host.journal.last(migration, "destination")
+            if migration in self._live or known is not None:
+                raise AgentBusy(f"migration {migration} is known here already")
+            session_id, secret = secrets.token_bytes(16), secrets.token_bytes(32)
+            session = self._receiver.open_session(session_id, secret, needs.quota)
+            built = DestinationMigration(
+                migration,
+                self._host,
+                DestinationHandover(),
+                source=source,
+                staging=session.staging,
+                close_session=lambda: self._receiver.close_session(session_id),
+            )
+            try:
+                built.reserved()
+            except MigrateError:
+                self._receiver.close_session(session_id)
+                raise
+            self._live[migration] = built
+        return gpu_map, self._data_port, session_id, secret
+
+    def get(self, migration: str) -> DestinationMigration:
+        """Raises UnknownMigration. That is never a refusal of a grant."""
+        with self._lock:
+            found = self._live.get(migration) or self._from_journal(migration)
+            if found is None:
+                raise UnknownMigration(f"{self._host.name} has no record of {migration!r}")
+            self._live[migration] = found
+            return found
+
+    def find(self, migration: str) -> DestinationMigration | None:
+        """As ``get``, None if there is no record."""
+        try:
+            return self.get(migration)
+        except UnknownMigration:
+            return None
+
+    def recover(self) -> None:
+        """End copies that were never granted; let owned ones run."""
+        for migration in self._host.journal.migrations():
+            if self._host.journal.last(migration, "destination") is None:
+                continue
+            found = self.get(migration)
+            present = found.copy is not None and self._host.engine.is_alive(found.copy.process)
+            try:
+                found.feed(Restarted(copy_present=present))
+            except MigrateError as error:
+                _log.error("recovering %s: %s", migration, error)
+
+    def stop(self) -> None:
+        """Stop looking; what waits stays as it is and is recovered at the next start."""
+        self._stop.set()
+        if self._upkeep.is_alive():
+            self._upkeep.join(timeout=10)
+
+    def _from_journal(self, migration: str) -> DestinationMigration | None:
+        journal = self._host.journal
+        state, source = journal.last(migration, "destination"), journal.last(migration, "peer")
+        if state is None or source is None:
+            return None
+        record = state.decode(DestinationRecord)
+        copy = journal.last(migration, "copy")
+        return DestinationMigration(
+            migration,
+            self._host,
+            DestinationHandover(record.state, record.token),
+            source=source.decode(SourceRecord),
+            copy=copy.decode(CopyRecord) if copy is not None else None,
+        )
+
+    def _look_after(self) -> None:
+        while not self._stop.wait(UPKEEP):
+            with self._lock:
+                waiting = [m for m in self._live.values() if m.machine.state in UNGRANTED]
+            for migration in waiting:
+                try:
+                    self._ask_source(migration)
+                except MigrateError as error:
+                    _log.error("looking after %s: %s", migration.id, error)
+
+    def _ask_source(self, migration: DestinationMigration) -> None:
+        """A source that undid, or a reservation whose source is gone, ends the attempt.
+
+        A prepared copy is kept while the source can't be reached: it may be the only one.
+        """
+        silent = time.monotonic() - migration.last_heard
+        if silent < SILENCE:
+            return
+        source = migration.source
+        try:
+            said = self._dial(source.name, source.address).query(migration.id)
+        except MigrateError as error:
+            if migration.machine.state is DestinationState.RESERVED and silent > RESERVATION_LIFE:
+                _log.warning("%s: the source is gone (%s); reservation ended", migration.id, error)
+                migration.cancel()
+            return
+        if said.store_id == source.store_id and said.state in NOT_GRANTED:
+            migration.cancel()
+        elif said.store_id == source.store_id and said.state:
+            migration.last_heard = time.monotonic()

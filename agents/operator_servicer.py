@@ -1,0 +1,139 @@
+"""The gRPC servicer for operators and schedulers: run, watch, show, list, abort."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import grpc
+import msgspec
+
+from agents.peer_servicer import answers_errors, parsed
+from agents.processes import list_processes
+from agents.source import Sources
+from migrate.errors import MigrateError, UsageError
+from migrate.inventory import HOST_NAME, split_address
+from migrate.orchestrator.host import Host, available_memory
+from migrate.orchestrator.plan import PROTOCOL, Options
+from migrate.rpc.ca import Role
+from migrate.rpc.errors import abort
+from migrate.rpc.pb import agent_pb2, agent_pb2_grpc
+from migrate.rpc.tls import require_role
+from migrate.status import SourceState
+
+# Which roles may make which call. Agents are not clients: they have the Peer service.
+VIEWERS = frozenset({Role.VIEWER, Role.OPERATOR, Role.ADMIN})
+OPERATORS = frozenset({Role.OPERATOR, Role.ADMIN})
+MAX_LIST = 1000
+
+
+class OperatorServicer(agent_pb2_grpc.AgentServicer):
+    """What a person or a scheduler may ask of this host."""
+
+    def __init__(self, host: Host, sources: Sources) -> None:
+        self._host = host
+        self._sources = sources
+
+    @answers_errors
+    def Info(
+        self, request: agent_pb2.InfoRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.InfoReply:
+        """Who this agent is and what its host has."""
+        require_role(context, VIEWERS)
+        return agent_pb2.InfoReply(
+            protocol=PROTOCOL,
+            version=version("migrate"),
+            host=self._host.name,
+            store_id=self._host.journal.store_id,
+            engine=self._host.engine.name,
+            topology=msgspec.json.encode(self._host.topology()),
+            free_vram=self._host.free_vram(),
+            available_memory=available_memory(),
+        )
+
+    @answers_errors
+    def ListProcesses(
+        self, request: agent_pb2.ListProcessesRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.ListProcessesReply:
+        """The processes that use KFD here."""
+        require_role(context, VIEWERS)
+        rows = list_processes(self._host.paths, self._sources.migration_of)
+        return agent_pb2.ListProcessesReply(processes=msgspec.json.encode(rows))
+
+    @answers_errors
+    def Run(
+        self, request: agent_pb2.RunRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.RunReply:
+        """Start a migration."""
+        require_role(context, OPERATORS)
+        if not HOST_NAME.fullmatch(request.destination):
+            raise UsageError(f"{request.destination!r} is not a host name")
+        split_address(request.destination_address)
+        if not 0 < request.pid < 1 << 22:  # PID_MAX_LIMIT of Linux
+            raise UsageError(f"{request.pid} is not a pid")
+        migration = self._sources.start(
+            request.pid,
+            request.destination,
+            request.destination_address,
+            parsed(request.options or b"{}", Options),
+            request.idempotency_key,
+        )
+        return agent_pb2.RunReply(id=migration)
+
+    def Watch(
+        self, request: agent_pb2.WatchRequest, context: grpc.ServicerContext
+    ) -> Iterator[agent_pb2.Event]:
+        """Stream events until the migration has ended or the client is gone."""
+        try:
+            require_role(context, VIEWERS)
+            migration = self._sources.get(request.id)
+        except MigrateError as error:
+            abort(context, error)
+        for event in migration.narrator.follow(request.from_sequence):
+            if not context.is_active():
+                return
+            if event is not None:
+                yield agent_pb2.Event(event=msgspec.json.encode(event))
+
+    @answers_errors
+    def Show(
+        self, request: agent_pb2.ShowRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.ShowReply:
+        """The report of a migration, ended or not."""
+        require_role(context, VIEWERS)
+        return agent_pb2.ShowReply(report=msgspec.json.encode(self._sources.report(request.id)))
+
+    @answers_errors
+    def List(
+        self, request: agent_pb2.ListRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.ListReply:
+        """The newest reports."""
+        require_role(context, VIEWERS)
+        reports = self._sources.reports(min(request.limit or 20, MAX_LIST))
+        return agent_pb2.ListReply(reports=msgspec.json.encode(reports))
+
+    @answers_errors
+    def Abort(
+        self, request: agent_pb2.AbortRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.AbortReply:
+        """Ask for an abort; the answer says what can be promised."""
+        require_role(context, OPERATORS)
+        outcome, message = self._abort(request.id)
+        return agent_pb2.AbortReply(outcome=outcome, message=message)
+
+    def _abort(self, migration: str) -> tuple[agent_pb2.AbortReply.Outcome, str]:
+        state = self._sources.state(migration)
+        if state in (SourceState.DONE, SourceState.ROLLED_BACK):
+            report = self._sources.report(migration)
+            return (
+                agent_pb2.AbortReply.ALREADY_ENDED,
+                f"it has ended: {report.status}, the process is at: {report.running}",
+            )
+        live = self._sources.get(migration)
+        live.cancel.set()
+        if state in (SourceState.GRANTED, SourceState.RELEASING):
+            return (
+                agent_pb2.AbortReply.TOO_LATE,
+                "the grant was given: only the destination's answer decides now",
+            )
+        return agent_pb2.AbortReply.CANCELLING, "it is being undone; the source runs on"

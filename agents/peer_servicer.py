@@ -1,0 +1,184 @@
+"""The gRPC servicer for other agents. Every call: an agent's certificate, and its own migration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import wraps
+from typing import Any, TypeVar
+
+import grpc
+import msgspec
+
+from agents.destination import Destinations
+from agents.source import Sources
+from migrate.errors import (
+    MigrateError,
+    PermissionRefused,
+    ProtocolMismatch,
+    UnknownMigration,
+)
+from migrate.journal import Journal
+from migrate.orchestrator.destination import SourceRecord
+from migrate.orchestrator.handover import Answer
+from migrate.orchestrator.peer import GrantReply
+from migrate.orchestrator.plan import PROTOCOL, Needs, Options, RestoreOrder
+from migrate.report import DestinationFigures
+from migrate.rpc.ca import Role
+from migrate.rpc.errors import abort
+from migrate.rpc.pb import peer_pb2, peer_pb2_grpc
+from migrate.rpc.tls import require_role
+from migrate.topology.model import Topology
+
+S = TypeVar("S", bound=msgspec.Struct)
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def answers_errors(method: Method) -> Method:
+    """Let a MigrateError reach the caller as itself, and anything else as INTERNAL."""
+
+    @wraps(method)
+    def call(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return method(self, request, context)
+        except MigrateError as error:
+            abort(context, error)
+
+    return call  # type: ignore[return-value]
+
+
+def parsed(data: bytes, kind: type[S]) -> S:
+    """A JSON document of a peer. Raises ProtocolMismatch."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolMismatch(f"{kind.__name__} can't be read: {error}") from error
+
+
+class PeerServicer(peer_pb2_grpc.PeerServicer):
+    """What a source may ask of this host, and what a destination may ask back."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        sources: Sources,
+        destinations: Destinations,
+        allow_from: Collection[str],
+    ) -> None:
+        self._journal = journal
+        self._sources = sources
+        self._destinations = destinations
+        self._allow_from = allow_from
+
+    @answers_errors
+    def Reserve(
+        self, request: peer_pb2.ReserveRequest, context: grpc.ServicerContext
+    ) -> peer_pb2.ReserveReply:
+        """Make room for a process, if the caller may send one here."""
+        caller = require_role(context, {Role.AGENT})
+        if request.protocol != PROTOCOL:
+            raise ProtocolMismatch(
+                f"the source speaks protocol {request.protocol}, this host {PROTOCOL}"
+            )
+        if caller.name != request.source or caller.name not in self._allow_from:
+            raise PermissionRefused(
+                f"{caller.name} may not send processes here",
+                advice="Add the host's name to allow_from in the destination agent's"
+                " configuration: an allowed source is as good as root there.",
+            )
+        source = SourceRecord(
+            name=caller.name, address=request.source_address, store_id=request.source_store_id
+        )
+        gpu_map, port, session_id, secret = self._destinations.reserve(
+            request.migration,
+            source,
+            request.engine,
+            parsed(request.needs, Needs),
+            parsed(request.topology, Topology),
+            parsed(request.options, Options),
+        )
+        return peer_pb2.ReserveReply(
+            store_id=self._journal.store_id,
+            gpu_map=msgspec.json.encode(gpu_map),
+            data_port=port,
+            session_id=session_id,
+            session_secret=secret,
+        )
+
+    @answers_errors
+    def Restore(
+        self, request: peer_pb2.RestoreRequest, context: grpc.ServicerContext
+    ) -> peer_pb2.RestoreReply:
+        """Build, place, verify and hold the copy."""
+        self._own(request.migration, context)
+        try:
+            order = msgspec.msgpack.decode(request.order, type=RestoreOrder)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ProtocolMismatch(f"RestoreOrder can't be read: {error}") from error
+        prepared = self._destinations.get(request.migration).restore(order, dict(request.manifest))
+        return peer_pb2.RestoreReply(
+            store_id=prepared.store_id,
+            token=prepared.token,
+            figures=msgspec.json.encode(prepared.figures),
+        )
+
+    @answers_errors
+    def Grant(
+        self, request: peer_pb2.GrantRequest, context: grpc.ServicerContext
+    ) -> peer_pb2.GrantReply:
+        """Take the process, or refuse it for ever. No record is not a refusal."""
+        require_role(context, {Role.AGENT})
+        found = self._destinations.find(request.migration)
+        if found is None:
+            reply = GrantReply(
+                answer=Answer.NO_RECORD,
+                store_id=self._journal.store_id,
+                message="this journal has no record of the migration",
+                figures=DestinationFigures(),
+            )
+        else:
+            self._own(request.migration, context)
+            reply = found.grant(request.token)
+        return peer_pb2.GrantReply(
+            answer=reply.answer.value,
+            store_id=reply.store_id,
+            message=reply.message,
+            figures=msgspec.json.encode(reply.figures),
+        )
+
+    @answers_errors
+    def Cancel(
+        self, request: peer_pb2.CancelRequest, context: grpc.ServicerContext
+    ) -> peer_pb2.CancelReply:
+        """End an attempt that was not granted."""
+        require_role(context, {Role.AGENT})
+        found = self._destinations.find(request.migration)
+        cancelled = True
+        if found is not None:
+            self._own(request.migration, context)
+            cancelled = found.cancel()
+        return peer_pb2.CancelReply(cancelled=cancelled, store_id=self._journal.store_id)
+
+    @answers_errors
+    def Query(
+        self, request: peer_pb2.QueryRequest, context: grpc.ServicerContext
+    ) -> peer_pb2.QueryReply:
+        """What this host's journal says, as source or as destination."""
+        caller = require_role(context, {Role.AGENT})
+        reply = peer_pb2.QueryReply(store_id=self._journal.store_id)
+        if self._sources.destination_of(request.migration) == caller.name:
+            reply.state = self._sources.state(request.migration) or ""
+            return reply
+        found = self._destinations.find(request.migration)
+        if found is not None and found.source.name == caller.name:
+            reply.state = found.machine.state or ""
+            reply.token = found.machine.token
+        return reply
+
+    def _own(self, migration: str, context: grpc.ServicerContext) -> None:
+        """The caller must be the source of the migration that it speaks of."""
+        caller = require_role(context, {Role.AGENT})
+        found = self._destinations.find(migration)
+        if found is None:
+            raise UnknownMigration(f"no migration {migration!r} is known here")
+        if found.source.name != caller.name:
+            raise PermissionRefused(f"migration {migration} is not {caller.name}'s")

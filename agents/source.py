@@ -1,0 +1,193 @@
+"""The migrations that this host drives: started, followed, found again after a restart."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable
+
+from migrate.dataplane.channel import Channel, connect_tcp
+from migrate.dataplane.sender import Sender
+from migrate.engine.seam import Survey
+from migrate.errors import AgentBusy, SameHost, UnknownMigration
+from migrate.model import Value
+from migrate.orchestrator.handover import SourceHandover
+from migrate.orchestrator.host import Host
+from migrate.orchestrator.peer import Peer, Reservation
+from migrate.orchestrator.plan import Options
+from migrate.orchestrator.source import SourceMigration
+from migrate.orchestrator.source_handover import StateRecord
+from migrate.report import Report
+from migrate.status import SourceState
+
+PeerFactory = Callable[[str, str], Peer]  # name, address
+ENDED_STATES = frozenset({SourceState.DONE, SourceState.ROLLED_BACK})
+
+
+class RequestRecord(Value):
+    """The journal's ``request`` record: everything that is needed to go on after a restart."""
+
+    survey: Survey
+    destination: str
+    destination_address: str
+    options: Options
+
+
+class Sources:
+    """All migrations whose source is this host."""
+
+    def __init__(self, host: Host, dial: PeerFactory) -> None:
+        self._host = host
+        self._dial = dial
+        self._lock = threading.Lock()
+        self._live: dict[str, SourceMigration] = {}
+        self._threads: dict[str, threading.Thread] = {}
+
+    def start(self, pid: int, destination: str, address: str, options: Options, key: str) -> str:
+        """Begin a migration; the id of the one begun before for the same *key*.
+
+        Raises NoSuchProcess, NotKfdProcess, AgentBusy, SameHost, JournalUnusable and what
+        the engine's survey raises.
+        """
+        with self._lock:
+            if key:
+                known = self._host.journal.find("key", key)
+                if known is not None:
+                    return known
+            if destination == self._host.name:
+                raise SameHost(f"{destination} is both source and destination")
+            survey = self._host.engine.survey(pid)
+            for other in self._live.values():
+                if other.process == survey.process and other.id in self._running():
+                    raise AgentBusy(f"process {pid} is being migrated already: {other.id}")
+            migration = secrets.token_hex(8)
+            request = RequestRecord(
+                survey=survey,
+                destination=destination,
+                destination_address=address,
+                options=options,
+            )
+            if key:
+                self._host.journal.append(migration, "key", key)
+            self._host.journal.append(migration, "request", request)
+            self._launch(self._build(migration, request, SourceHandover()), restarted=False)
+            return migration
+
+    def recover(self) -> list[str]:
+        """Go on with every migration that had not ended. Returns their ids."""
+        found = []
+        for migration in self._host.journal.migrations():
+            request = self._host.journal.last(migration, "request")
+            if request is None:
+                continue
+            state = self._state(migration)
+            if state is not None and state.state in ENDED_STATES:
+                continue
+            machine = SourceHandover(SourceState.SETUP)
+            if state is not None:
+                machine = SourceHandover(state.state, state.token, state.store_id)
+            built = self._build(migration, request.decode(RequestRecord), machine)
+            with self._lock:
+                self._launch(built, restarted=True)
+            found.append(migration)
+        return found
+
+    def get(self, migration: str) -> SourceMigration:
+        """A migration of this run of the agent. Raises UnknownMigration."""
+        with self._lock:
+            found = self._live.get(migration)
+        if found is None:
+            raise UnknownMigration(f"{self._host.name} knows no migration {migration!r}")
+        return found
+
+    def report(self, migration: str) -> Report:
+        """The journaled report, or that of a running migration. Raises UnknownMigration."""
+        record = self._host.journal.last(migration, "report")
+        if record is not None:
+            return record.decode(Report)
+        return self.get(migration).report_now()
+
+    def reports(self, limit: int) -> list[Report]:
+        """The newest *limit* reports."""
+        result: list[Report] = []
+        for migration in self._host.journal.migrations():
+            if len(result) == limit:
+                break
+            if self._host.journal.last(migration, "request") is not None:
+                try:
+                    result.append(self.report(migration))
+                except UnknownMigration:
+                    continue
+        return result
+
+    def state(self, migration: str) -> SourceState | None:
+        """What the journal says, None if it says nothing of a migration from here."""
+        record = self._state(migration)
+        return record.state if record is not None else None
+
+    def migration_of(self, pid: int) -> str | None:
+        """The running migration of a process."""
+        with self._lock:
+            running = self._running()
+            return next(
+                (m.id for m in self._live.values() if m.process.pid == pid and m.id in running),
+                None,
+            )
+
+    def destination_of(self, migration: str) -> str | None:
+        """The host that a migration goes to."""
+        record = self._host.journal.last(migration, "request")
+        return record.decode(RequestRecord).destination if record is not None else None
+
+    def stop(self) -> None:
+        """Let go of all: granted ones stay frozen and on record, others are undone."""
+        with self._lock:
+            live, threads = list(self._live.values()), list(self._threads.values())
+        for migration in live:
+            migration.stop.set()
+            migration.cancel.set()
+        for thread in threads:
+            thread.join(timeout=30)
+
+    def _running(self) -> set[str]:
+        return {m for m, thread in self._threads.items() if thread.is_alive()}
+
+    def _state(self, migration: str) -> StateRecord | None:
+        record = self._host.journal.last(migration, "source")
+        return record.decode(StateRecord) if record is not None else None
+
+    def _build(
+        self, migration: str, request: RequestRecord, machine: SourceHandover
+    ) -> SourceMigration:
+        return SourceMigration(
+            migration,
+            request.survey,
+            self._host,
+            self._dial(request.destination, request.destination_address),
+            request.options,
+            self._sender,
+            machine,
+        )
+
+    def _launch(self, migration: SourceMigration, *, restarted: bool) -> None:
+        self._live[migration.id] = migration
+        thread = threading.Thread(
+            target=migration.resume if restarted else migration.run,
+            name=f"migrate-{migration.id}",
+            daemon=True,
+        )
+        self._threads[migration.id] = thread
+        thread.start()
+
+    def _sender(self, migration: str, reservation: Reservation, options: Options) -> Sender:
+        def connect(_stream: int) -> Channel:
+            return connect_tcp(reservation.data_address, reservation.data_port)
+
+        return Sender(
+            connect,
+            reservation.session_secret,
+            reservation.session_id,
+            lambda: self._host.journal.next_number(migration, "epoch"),
+            streams=options.streams,
+            bandwidth_limit=options.bandwidth,
+        )

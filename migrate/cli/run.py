@@ -1,0 +1,144 @@
+"""``migrate run``: move one process."""
+
+from __future__ import annotations
+
+import secrets
+
+import click
+import msgspec
+
+from migrate.cli.client import agent
+from migrate.cli.following import CALL, follow
+from migrate.cli.output import Output
+from migrate.cli.reporting import render
+from migrate.cli.settings import Settings
+from migrate.inventory import Inventory
+from migrate.orchestrator.plan import Options
+from migrate.report import Report
+from migrate.rpc.pb.agent_pb2 import RunRequest
+
+SCHEMA_STARTED = "migrate.started/1"
+
+
+@click.command("run")
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST")
+@click.argument("pid", type=click.IntRange(min=1))
+@click.option("--no-precopy", is_flag=True, help="Stop the process first, then copy everything.")
+@click.option(
+    "--max-downtime",
+    type=click.FloatRange(min=0),
+    default=0.5,
+    show_default=True,
+    help="Seconds; pre-copy goes on until the prediction is below, or no longer falls.",
+)
+@click.option(
+    "--max-rounds",
+    type=click.IntRange(min=1, max=100),
+    default=5,
+    show_default=True,
+    help="Pre-copy rounds at most.",
+)
+@click.option(
+    "--bandwidth",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MIB",
+    help="MiB a second at most on the wire (default: no limit).",
+)
+@click.option(
+    "--streams",
+    type=click.IntRange(1, 16),
+    default=2,
+    show_default=True,
+    help="Connections that carry memory.",
+)
+@click.option(
+    "--gpu-map",
+    default="",
+    metavar="OLD=NEW,...",
+    help="Which GPU goes where (default: the best map is searched).",
+)
+@click.option("--relax", multiple=True, metavar="RULE", help="Leave out one topology rule.")
+@click.option(
+    "--wait/--no-wait",
+    default=True,
+    show_default=True,
+    help="Wait for the end, or print the id and return.",
+)
+@click.option(
+    "--idempotency-key",
+    default="",
+    metavar="KEY",
+    help="A retried command with the same key starts nothing twice.",
+)
+@click.pass_obj
+def run_command(
+    settings: Settings,
+    source: str,
+    destination: str,
+    pid: int,
+    *,
+    no_precopy: bool,
+    max_downtime: float,
+    max_rounds: int,
+    bandwidth: float | None,
+    streams: int,
+    gpu_map: str,
+    relax: tuple[str, ...],
+    wait: bool,
+    idempotency_key: str,
+) -> int:
+    """Move process PID from host SRC to host DST.
+
+    The agents do it by themselves: Ctrl-C offers to cancel or to detach, and a lost
+    connection harms nothing. Exit codes: see docs/exit-codes.md; 0 only if the process
+    runs at DST.
+    """
+    options = Options(
+        precopy=not no_precopy,
+        max_downtime=max_downtime,
+        max_rounds=max_rounds,
+        bandwidth=None if bandwidth is None else int(bandwidth * 1024 * 1024),
+        streams=streams,
+        gpu_map=gpu_map,
+        relax=relax,
+    )
+    inventory, output = settings.inventory, settings.output
+    migration = start(inventory, source, destination, pid, options, idempotency_key)
+    if not wait:
+        if output.json:
+            output.document({"schema": SCHEMA_STARTED, "id": migration})
+        else:
+            output.text(migration)
+        return 0
+    output.note(f"Migration {migration}")
+    return finish(output, follow(inventory, source, migration, output))
+
+
+def start(
+    inventory: Inventory, source: str, destination: str, pid: int, options: Options, key: str
+) -> str:
+    """Start a migration; its id. Raises MigrateError."""
+    target = inventory.host(destination)
+    with agent(inventory, source) as stub:
+        reply = stub.Run(
+            RunRequest(
+                pid=pid,
+                destination=target.name,
+                destination_address=target.address,
+                # A call that gRPC repeats on its own must not start a second one either.
+                idempotency_key=key or secrets.token_hex(16),
+                options=msgspec.json.encode(options),
+            ),
+            timeout=3 * CALL,
+        )
+    return str(reply.id)
+
+
+def finish(output: Output, report: Report) -> int:
+    """Print the report; the exit code it stands for."""
+    if output.json:
+        output.document(report)
+    else:
+        render(output, report)
+    return report.failure.exit_code if report.failure is not None else 0

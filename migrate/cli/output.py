@@ -18,7 +18,15 @@ from rich.table import Table
 
 from migrate.errors import MigrateError
 
+NO_WIDTH = 1 << 16  # columns, where nothing limits them
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+class _Console(Console):
+    """rich's console, which leaves a closed pipe to main.py, as print() does."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 class Output:
@@ -32,12 +40,12 @@ class Output:
     @property
     def stdout(self) -> Console:
         """For people; made anew, so that it follows a replaced sys.stdout."""
-        return Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        return _Console(file=sys.stdout, highlight=False, soft_wrap=True)
 
     @property
     def stderr(self) -> Console:
         """For notes, errors and progress."""
-        return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        return _Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
     # ------------------------------------------------------------ programs
 
@@ -83,7 +91,7 @@ class Output:
         console = self.stdout
         if not console.is_terminal:
             # A file or pipe has no width at which cells would have to be cut.
-            console.width = max(console.width, console.measure(table).maximum)
+            console.width = NO_WIDTH
         console.print(table)
 
     # ------------------------------------------------------------ errors

@@ -64,7 +64,9 @@ class Buffer:
 class Queue:
     """An AQL queue with its own doorbell; packets are run in order."""
 
-    def __init__(self, process: Process, gpu_id: int, ring: Buffer, args: ctypes.Structure) -> None:
+    def __init__(
+        self, process: Process, gpu_id: int, ring: Buffer, args: uapi.kfd_ioctl_create_queue_args
+    ) -> None:
         self._process = process
         self.gpu_id = gpu_id
         self.ring = ring
@@ -72,7 +74,7 @@ class Queue:
 
     @property
     def queue_id(self) -> int:
-        return int(self.args.queue_id)  # type: ignore[attr-defined]
+        return int(self.args.queue_id)
 
     @property
     def read_index(self) -> int:
@@ -100,7 +102,7 @@ class Queue:
 
     def ring_doorbell(self, index: int) -> None:
         doorbells = self._process.doorbells[self.gpu_id]
-        at = int(self.args.doorbell_offset) % DOORBELL_SLICE  # type: ignore[attr-defined]
+        at = int(self.args.doorbell_offset) % DOORBELL_SLICE
         with doorbells.view() as view, view.cast("Q") as words:
             words[at // 8] = index
 
@@ -129,9 +131,7 @@ class Process:
 
     def acquire(self, gpu_id: int) -> None:
         self.render[gpu_id] = self.open_render(gpu_id)
-        args = uapi.kfd_ioctl_acquire_vm_args(
-            drm_fd=self.render[gpu_id].fileno(), gpu_id=gpu_id
-        )
+        args = uapi.kfd_ioctl_acquire_vm_args(drm_fd=self.render[gpu_id].fileno(), gpu_id=gpu_id)
         self.kfd.ioctl(uapi.AMDKFD_IOC_ACQUIRE_VM, args)
 
     # ------------------------------------------------------------ memory
@@ -269,7 +269,9 @@ class Process:
         index = (address - self.signals.address + amd_signal.value.offset) // 8
         return ctypes.c_int64(self.signals.word(index)).value
 
-    def wait(self, event_ids: list[int], timeout: int = 10_000, *, wait_for_all: bool = True) -> int:
+    def wait(
+        self, event_ids: list[int], timeout: int = 10_000, *, wait_for_all: bool = True
+    ) -> int:
         """WAIT_EVENTS; its result (KFD_IOC_WAIT_RESULT_*). *timeout* in ms."""
         data = (uapi.kfd_event_data * max(1, len(event_ids)))()
         for entry, event_id in zip(data, event_ids, strict=False):

@@ -76,7 +76,11 @@ class amd_signal(ctypes.Structure):  # noqa: N801 - C name
     """amd_signal_t. A signal handle in a packet is its GPU virtual address.
 
     When a packet is done the engine decrements ``value`` by one, then, if
-    ``event_mailbox_ptr`` is not 0, stores ``event_id`` as u64 there and sets the event.
+    ``event_mailbox_ptr`` is not 0, stores ``event_id`` as u64 there and interrupts. As in
+    the driver the mailbox must be the event's slot in the signal page (GPU address of
+    the page's BO + 8 * event_id), else no event is found signalled. The signal's value is
+    the truth; the event only says when to look: a waiter looks at the value first, then
+    waits, then looks again, and so survives a wait that starts anew after a restore.
     """
 
     _fields_ = [

@@ -50,6 +50,7 @@ def criu_op(host: Host, process: SimProcess, caller: callers.Caller, args: Any) 
 
 
 def process_info(host: Host, process: SimProcess, caller: callers.Caller, args: Any) -> None:
+    """criu_process_info()."""
     stall = host.faults.spend(Fault.PROCESS_INFO_STALL)
     if stall:
         end = time.monotonic() + stall
@@ -102,6 +103,7 @@ def _counts(host: Host, process: SimProcess) -> tuple[int, int, int, int]:
 
 
 def checkpoint(host: Host, process: SimProcess, caller: callers.Caller, args: Any) -> None:
+    """criu_checkpoint()."""
     if not args.devices or not args.bos or not args.priv_data:
         raise error(errno.EINVAL)
     if not process.devices:
@@ -213,6 +215,7 @@ def _event_records(process: SimProcess) -> list[privdata.EventRecord]:
 
 
 def unpause(host: Host, process: SimProcess, caller: callers.Caller, args: Any) -> None:
+    """criu_unpause()."""
     if not process.queues_paused:
         raise error(errno.EINVAL)
     scheduler.restore(host, process)
@@ -250,6 +253,7 @@ class _Private:
 
 
 def restore(host: Host, process: SimProcess, caller: callers.Caller, args: Any) -> None:
+    """criu_restore(): what it made before it failed stays until the process ends."""
     if (
         (args.num_bos > 0 and not args.bos)
         or not args.devices
@@ -375,7 +379,9 @@ def _restore_objects(host: Host, process: SimProcess, count: int, private: _Priv
 def _restore_queue(host: Host, process: SimProcess, private: _Private) -> None:
     record = privdata.kfd_criu_queue_priv_data.from_buffer_copy(private.take(_QUEUE))
     device = process.device(record.gpu_id)
-    if record.type not in {int(kind) for kind in QueueType} or record.mqd_size != mqd_size(record.type):
+    if record.type not in {int(kind) for kind in QueueType} or record.mqd_size != mqd_size(
+        record.type
+    ):
         raise error(errno.EINVAL)
     private.need(record.mqd_size + record.ctl_stack_size)
     mqd = private.take(record.mqd_size)
@@ -427,6 +433,7 @@ def _restore_event(process: SimProcess, private: _Private) -> None:
 
 
 def resume(host: Host, process: SimProcess, caller: callers.Caller, args: Any) -> None:
+    """criu_resume(): says 0 once a worker is scheduled; the queues start later."""
     target = _find(host, caller, args.pid)
     if target is None:
         raise error(errno.ESRCH)

@@ -47,11 +47,13 @@ def error(number: int) -> OSError:
 
 
 def get_version(host: Host, process: SimProcess, args: Any) -> None:
+    """GET_VERSION."""
     args.major_version = uapi.KFD_IOCTL_MAJOR_VERSION
     args.minor_version = host.interface_minor
 
 
 def get_process_apertures_new(host: Host, process: SimProcess, args: Any) -> None:
+    """GET_PROCESS_APERTURES_NEW."""
     if args.num_of_nodes == 0:
         args.num_of_nodes = len(process.devices)
         return
@@ -73,6 +75,7 @@ def get_process_apertures_new(host: Host, process: SimProcess, args: Any) -> Non
 
 
 def get_clock_counters(host: Host, process: SimProcess, args: Any) -> None:
+    """GET_CLOCK_COUNTERS."""
     now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     args.gpu_clock_counter = now // 10
     args.cpu_clock_counter = now
@@ -86,6 +89,7 @@ def per_gpu_setting(host: Host, process: SimProcess, args: Any) -> None:
 
 
 def get_available_memory(host: Host, process: SimProcess, args: Any) -> None:
+    """AVAILABLE_MEMORY."""
     gpu = process.device(args.gpu_id).gpu
     host.reap_orphans(gpu)
     args.available = gpu.spec.vram_bytes - gpu.vram_used
@@ -95,6 +99,7 @@ def get_available_memory(host: Host, process: SimProcess, args: Any) -> None:
 
 
 def acquire_vm(host: Host, process: SimProcess, args: Any) -> None:
+    """ACQUIRE_VM."""
     file = host.find_file(args.drm_fd)
     if file is None:
         raise error(errno.EINVAL)
@@ -107,6 +112,7 @@ def acquire_vm(host: Host, process: SimProcess, args: Any) -> None:
 
 
 def alloc_memory_of_gpu(host: Host, process: SimProcess, args: Any) -> None:
+    """ALLOC_MEMORY_OF_GPU."""
     if args.size == 0:
         raise error(errno.EINVAL)
     device = process.device(args.gpu_id).bound()
@@ -166,6 +172,7 @@ def register_bo(gpu: Gpu, bo: Bo) -> Bo:
 
 
 def free_memory_of_gpu(host: Host, process: SimProcess, args: Any) -> None:
+    """FREE_MEMORY_OF_GPU."""
     if process.events.page_handle and process.events.page_handle == args.handle:
         raise error(errno.EPERM)
     device = process.device(uapi.GET_GPU_ID(args.handle))
@@ -188,6 +195,7 @@ def _device_ids(args: Any) -> list[int]:
 
 
 def map_memory_to_gpu(host: Host, process: SimProcess, args: Any) -> None:
+    """MAP_MEMORY_TO_GPU."""
     ids = _device_ids(args)
     process.device(uapi.GET_GPU_ID(args.handle)).bound()
     bo = bo_by_handle(process, args.handle, errno.ENOMEM)
@@ -204,6 +212,7 @@ def map_bo(bo: Bo, device: DeviceData) -> None:
 
 
 def unmap_memory_from_gpu(host: Host, process: SimProcess, args: Any) -> None:
+    """UNMAP_MEMORY_FROM_GPU."""
     ids = _device_ids(args)
     bo = bo_by_handle(process, args.handle, errno.ENOMEM)
     for index in range(args.n_success, args.n_devices):
@@ -231,6 +240,7 @@ def _dmabuf(host: Host, fd: int) -> Bo:
 
 
 def get_dmabuf_info(host: Host, process: SimProcess, args: Any) -> None:
+    """GET_DMABUF_INFO."""
     bo = _dmabuf(host, args.dmabuf_fd)
     args.size = bo.size
     args.metadata_size = 0
@@ -239,6 +249,7 @@ def get_dmabuf_info(host: Host, process: SimProcess, args: Any) -> None:
 
 
 def import_dmabuf(host: Host, process: SimProcess, args: Any) -> None:
+    """IMPORT_DMABUF."""
     source = _dmabuf(host, args.dmabuf_fd)
     device = process.device(args.gpu_id).bound()
     flags = (source.flags & (MEM | GTT)) | (
@@ -252,6 +263,7 @@ def import_dmabuf(host: Host, process: SimProcess, args: Any) -> None:
 
 
 def export_dmabuf(host: Host, process: SimProcess, args: Any) -> None:
+    """EXPORT_DMABUF."""
     bo = bo_by_handle(process, args.handle)
     if bo.backing is None or not bo.flags & (MEM | GTT):
         raise error(errno.EINVAL)
@@ -264,6 +276,7 @@ def export_dmabuf(host: Host, process: SimProcess, args: Any) -> None:
 
 
 def create_queue(host: Host, process: SimProcess, args: Any) -> None:
+    """CREATE_QUEUE."""
     if (
         args.queue_percentage > uapi.KFD_MAX_QUEUE_PERCENTAGE
         or args.queue_priority > uapi.KFD_MAX_QUEUE_PRIORITY
@@ -340,6 +353,7 @@ def _forget_queue(queue: Queue) -> None:
 
 
 def destroy_queue(host: Host, process: SimProcess, args: Any) -> None:
+    """DESTROY_QUEUE."""
     queue = process.queues.get(args.queue_id)
     if queue is None:
         raise error(errno.EINVAL)
@@ -350,6 +364,7 @@ def destroy_queue(host: Host, process: SimProcess, args: Any) -> None:
 
 
 def update_queue(host: Host, process: SimProcess, args: Any) -> None:
+    """UPDATE_QUEUE."""
     if (
         args.queue_percentage > uapi.KFD_MAX_QUEUE_PERCENTAGE
         or args.queue_priority > uapi.KFD_MAX_QUEUE_PRIORITY
@@ -369,6 +384,7 @@ def update_queue(host: Host, process: SimProcess, args: Any) -> None:
 
 
 def set_cu_mask(host: Host, process: SimProcess, args: Any) -> None:
+    """SET_CU_MASK."""
     if args.num_cu_mask % 32 or args.num_cu_mask == 0:
         raise error(errno.EINVAL)
     if args.queue_id not in process.queues:
@@ -379,6 +395,7 @@ def set_cu_mask(host: Host, process: SimProcess, args: Any) -> None:
 
 
 def create_event(host: Host, process: SimProcess, args: Any) -> None:
+    """CREATE_EVENT."""
     if args.event_page_offset:
         kmap_event_page(process, args.event_page_offset)
     args.event_page_offset = 0
@@ -399,11 +416,13 @@ def kmap_event_page(process: SimProcess, handle: int) -> None:
 
 
 def destroy_event(host: Host, process: SimProcess, args: Any) -> None:
+    """DESTROY_EVENT."""
     process.events.destroy(args.event_id)
     host.changed.notify_all()
 
 
 def set_event(host: Host, process: SimProcess, args: Any) -> None:
+    """SET_EVENT."""
     event = process.events.find(args.event_id)
     if event.kind != uapi.KFD_IOC_EVENT_SIGNAL:
         raise error(errno.EINVAL)
@@ -412,6 +431,7 @@ def set_event(host: Host, process: SimProcess, args: Any) -> None:
 
 
 def reset_event(host: Host, process: SimProcess, args: Any) -> None:
+    """RESET_EVENT."""
     event = process.events.find(args.event_id)
     if event.kind != uapi.KFD_IOC_EVENT_SIGNAL:
         raise error(errno.EINVAL)

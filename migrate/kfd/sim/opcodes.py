@@ -69,6 +69,10 @@ class CounterKernargs(ctypes.Structure):
     It ends when the u64 at *stop* is not 0 and then stores its own number of
     increments, kept in a register, at *iterations* (0: not stored). The register is the
     kernel's resumption state: lost or doubled, iterations ≠ counter's growth.
+
+    As on hardware only a queue with a save area (ctx_save_restore_address, and room in
+    ctl_stack_size, 4096 will do) can be evicted while it runs; without one the scheduler
+    hangs: ETIME.
     """
 
     _fields_ = [("counter", U64), ("stop", U64), ("iterations", U64)]

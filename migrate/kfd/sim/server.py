@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import selectors
 import select
+import selectors
 import socket
 import threading
 import time

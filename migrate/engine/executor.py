@@ -83,7 +83,7 @@ class Paused:
         if file is None:
             raise OSError(errno.EBADF, f"the executor has no file {request.file}")
         call = marshal.Call.decode(request.payload, request.fds)
-        reply = marshal.execute(call, file)
+        reply = marshal.execute(call, file, remote_fds=True)
         if not reply.errno:
             self._note(request.file, call)
         return Message(Kind.REPLY, payload=reply.encode(), fds=reply.fds)

@@ -332,13 +332,18 @@ def _install(slot: FdSlot, target: bytearray, fds: tuple[int, ...], used: set[in
 # ---------------------------------------------------------------- executor
 
 
-def execute(call: Call, file: KfdFile) -> Reply:
+def execute(call: Call, file: KfdFile, *, remote_fds: bool = False) -> Reply:
     """Run *call* on *file* in this process and collect what came of it.
+
+    *remote_fds* lets the caller name fds of this process by number: for executors that
+    act for their own parent, never for a server.
 
     ``call.fds`` stay the caller's to close, as do ``reply.fds`` once they are sent. An
     OSError of the ioctl is in the reply, not raised. Raises FrameRejected for a call
-    whose regions are not those of its ioctl.
+    whose regions are not those of its ioctl, or whose fds it may not name.
     """
+    if call.remote_fds and not remote_fds:
+        raise FrameRejected("the call names fds of this process")
     try:
         plan = layout(call.request, call.arg)
     except OSError as error:

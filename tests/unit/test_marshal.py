@@ -170,14 +170,17 @@ def test_a_closed_fd_travels_as_invalid() -> None:
     assert got.dmabuf_fd == uapi.KFD_INVALID_FD
 
 
-def test_remote_fds_travel_as_numbers() -> None:
+def test_remote_fds_travel_as_numbers_where_they_are_allowed() -> None:
     args = uapi.kfd_ioctl_acquire_vm_args(drm_fd=12345, gpu_id=GPU)
     call = over_the_wire(pack(uapi.AMDKFD_IOC_ACQUIRE_VM, args, remote_fds=True))
     seen: list[int] = []
-    execute(
-        call,
-        Echo(lambda arg: seen.append(uapi.kfd_ioctl_acquire_vm_args.from_buffer_copy(arg).drm_fd)),
+    node = Echo(
+        lambda arg: seen.append(uapi.kfd_ioctl_acquire_vm_args.from_buffer_copy(arg).drm_fd)
     )
+    with pytest.raises(FrameRejected, match="names fds"):
+        execute(call, node)
+    assert seen == []
+    execute(call, node, remote_fds=True)
     assert seen == [12345]
 
 

@@ -9,7 +9,7 @@ A TOML file, ``~/.config/migrate/hosts.toml`` unless ``--inventory`` or
     key = "operator.key"
 
     [hosts.node-a]           # the name must be the one in the agent's certificate
-    address = "node-a.example:7443"
+    address = "node-a.example:7601"
 """
 
 from __future__ import annotations

@@ -125,9 +125,11 @@ def parse(text: bytes, source: str) -> Inventory:
         if not HOST_NAME.fullmatch(name):
             raise UsageError(f"{source}: hosts: {name!r} is not a host name", advice=ADVICE)
         try:
-            split_address(entry.address)
+            _, port = split_address(entry.address)
         except UsageError as error:
             raise UsageError(f"{source}: hosts.{name}.address: {error}", advice=ADVICE) from error
+        if port == 0:
+            raise UsageError(f"{source}: hosts.{name}.address: port 0 can't be dialled")
     return inventory
 
 
@@ -150,13 +152,16 @@ def _convert(value: object, kind: type[T], where: str) -> T:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """``host:port`` or ``[IPv6]:port`` to its two parts. Raises UsageError."""
+    """``host:port`` or ``[IPv6]:port`` to its two parts. Raises UsageError.
+
+    Port 0 is an address to listen at (any free port), not one to dial.
+    """
     host, separator, port = address.rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     bracketed = bare != host
     valid_host = bool(re.fullmatch(r"[0-9A-Fa-f:.%\w]+" if bracketed else r"[\w.-]+", bare))
     # isdecimal() alone admits digits of other scripts.
-    valid_port = port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 1 << 16
+    valid_port = port.isascii() and port.isdecimal() and int(port[:6]) < 1 << 16
     if not (separator and valid_host and valid_port):
         raise UsageError(
             f"{address!r} is not an address of an agent",

@@ -74,6 +74,7 @@ def test_an_unknown_host_names_the_known_ones() -> None:
         (TLS + "[hosts.a]", "hosts.a: missing key `address`"),
         (TLS + '[hosts.a]\nadress = "a:1"', "hosts.a: unknown key `adress`"),
         (TLS + '[hosts.a]\naddress = "a"', "hosts.a.address: 'a' is not an address"),
+        (TLS + '[hosts.a]\naddress = "a:0"', "hosts.a.address: port 0 can't be dialled"),
         (TLS + '[hosts."a b"]\naddress = "a:1"', "'a b' is not a host name"),
         ("hosts = 3\n" + TLS, "hosts: expected a table, got `int`"),
     ],
@@ -116,6 +117,7 @@ def test_where_the_inventory_is() -> None:
     ("address", "parts"),
     [
         ("a:1", ("a", 1)),
+        ("0.0.0.0:0", ("0.0.0.0", 0)),
         ("node-a.example:65535", ("node-a.example", 65535)),
         ("10.0.0.1:7443", ("10.0.0.1", 7443)),
         ("[::1]:7443", ("::1", 7443)),
@@ -129,7 +131,7 @@ def test_addresses(address: str, parts: tuple[str, int]) -> None:
 @pytest.mark.parametrize(
     "address",
     [
-        *("", "a", ":1", "a:", "a:0", "a:65536", "a:-1", "a:+1", "a:\u0661", "a:1e3", "[]:1"),
+        *("", "a", ":1", "a:", "a:65536", "a:-1", "a:+1", "a:\u0661", "a:1e3", "[]:1"),
         *("::1:7443", "unix:/run/x:1", "dns:///a:1", "a b:1", "a\n:1", "a:" + "9" * 20, "[a:1"),
         "a]:1",
     ],

@@ -38,6 +38,8 @@ class ReexecEngine:
 
     name = "reexec"
 
+    can_hide_gpus = False  # no root, so no device cgroup
+
     def __init__(self, paths: HostPaths, *, freeze_timeout: float = 10.0) -> None:
         self._paths = paths
         self._freeze_timeout = freeze_timeout

@@ -59,22 +59,6 @@ class CpuImage(Value):
     ranges: tuple[CpuRange, ...]
 
 
-class Moved(Value):
-    """Where the mapping of a BO went: what UPDATE_VMA_MAP needs in CRIU.
-
-    ``process`` counts the image's KFD processes; ``old_offset`` is the checkpoint's, and
-    ``new_offset`` what RESTORE answered (0 for a userptr BO, which has no mapping).
-    """
-
-    process: int
-    address: int
-    size: int
-    old_offset: int
-    new_offset: int
-    user_gpu_id: int
-    actual_gpu_id: int
-
-
 class MovedGpu(Value):
     """A GPU of the process: the id it knows, those of source and destination, and its node.
 
@@ -130,9 +114,6 @@ class ProcessEngine(Protocol):
     def memory(self, process: ProcessRef, wanted: CpuRange) -> MemoryAccess:
         """Read access to a range of a frozen process."""
 
-    def stop(self, process: ProcessRef) -> None:
-        """Freeze without dumping: what ``is_frozen`` then sees. Idempotent."""
-
     def thaw(self, process: ProcessRef) -> None:
         """Let a frozen process run. Idempotent; a process that is gone is no error."""
 
@@ -165,7 +146,7 @@ class HeldProcess(Protocol):
     def memory(self, wanted: CpuRange) -> MemoryAccess:
         """Write access to a range of the new process (for placement)."""
 
-    def finish(self, moved: Sequence[Moved]) -> None:
+    def finish(self, gpus: Sequence[MovedGpu], bos: Sequence[MovedBo]) -> None:
         """Map BOs, rebuild CPU state, and hold: stopped so that it outlives the agent."""
 
     def release(self) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import MmapAccess
 from migrate.dataplane.staging import Staging
-from migrate.engine.seam import HeldProcess, Moved
+from migrate.engine.seam import HeldProcess, MovedBo, MovedGpu
 from migrate.errors import (
     Cancelled,
     MigrateError,
@@ -23,7 +23,7 @@ from migrate.errors import (
     RestoreFailed,
     VerificationFailed,
 )
-from migrate.kfd.process import KfdProcess, Restored, RestoreProof, resume
+from migrate.kfd.process import KfdCheckpoint, KfdProcess, Restored, RestoreProof, resume
 from migrate.model import ProcessRef, Value
 from migrate.orchestrator.handover import (
     Answer,
@@ -263,10 +263,12 @@ class DestinationMigration:
             )
         nodes = {n.gpu_id: n.drm_render_minor for n in self.host.topology().gpus}
         restored: list[Restored] = []
+        gpus: list[MovedGpu] = []
         try:
             for process, checkpoint in zip(held.kfd, order.checkpoints, strict=True):
                 self._go_on()
                 drm_fds = _open_nodes(self.host.paths.dri, process, order, nodes)
+                gpus += _moved_gpus(checkpoint, order, drm_fds)
                 restored.append(
                     process.restore(checkpoint, order.gpu_map.as_dict(), drm_fds, nodes)
                 )
@@ -276,7 +278,7 @@ class DestinationMigration:
         finally:
             for result in restored:
                 result.close()
-        held.finish(_moves(order, restored))
+        held.finish(gpus, _moved_bos(order, restored))
         self._clock.lap("engine")
 
     def _record_copy(self, process: ProcessRef, restored: tuple[RestoreProof, ...] = ()) -> None:
@@ -343,25 +345,34 @@ def _target(
         access.close()
 
 
-def _moves(order: RestoreOrder, restored: Sequence[Restored]) -> list[Moved]:
-    """Where each BO's mapping is now, for the engine."""
+def _moved_gpus(
+    checkpoint: KfdCheckpoint, order: RestoreOrder, drm_fds: Mapping[int, int]
+) -> list[MovedGpu]:
     gpu_map = order.gpu_map.as_dict()
-    moves = []
-    for number, checkpoint in enumerate(order.checkpoints):
-        actual = {d.user_gpu_id: gpu_map[d.actual_gpu_id] for d in checkpoint.devices}
-        for bucket, offset in zip(checkpoint.bos, restored[number].restored_offsets, strict=True):
-            moves.append(
-                Moved(
-                    process=number,
-                    address=bucket.addr,
-                    size=bucket.size,
-                    old_offset=bucket.offset,
-                    new_offset=offset,
-                    user_gpu_id=bucket.gpu_id,
-                    actual_gpu_id=actual[bucket.gpu_id],
-                )
-            )
-    return moves
+    return [
+        MovedGpu(
+            user_gpu_id=device.user_gpu_id,
+            source_gpu_id=device.actual_gpu_id,
+            gpu_id=gpu_map[device.actual_gpu_id],
+            drm_fd=drm_fds[gpu_map[device.actual_gpu_id]],
+        )
+        for device in checkpoint.devices
+    ]
+
+
+def _moved_bos(order: RestoreOrder, restored: Sequence[Restored]) -> list[MovedBo]:
+    """Where each BO's mapping is now. A userptr BO has none."""
+    return [
+        MovedBo(
+            gpu_id=bucket.gpu_id,
+            offset=bucket.offset,
+            size=bucket.size,
+            restored_offset=offset,
+        )
+        for checkpoint, result in zip(order.checkpoints, restored, strict=True)
+        for bucket, offset in zip(checkpoint.bos, result.restored_offsets, strict=True)
+        if not bucket.is_userptr
+    ]
 
 
 class _Laps:

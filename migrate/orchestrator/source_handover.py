@@ -143,7 +143,7 @@ class SourceSide:
         # An agent that was away may find it running (the engine's own freeze was undone
         # by force): freeze it again, so that GRANTED always means frozen.
         if self.machine.state is SourceState.GRANTED:
-            self.engine.stop(self.process)
+            self.engine.freeze(self.process)
             return Held()
         return Failed(why="the process is not frozen any more")
 

@@ -16,6 +16,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -312,7 +313,7 @@ def resume(kfd: KfdFile, pid: int, proof: RestoreProof) -> bool:
     """
     if proof.process.pid != pid:
         raise RestoreFailed(f"RESUME of process {pid}: RESTORE was seen of {proof.process.pid}")
-    if not os.path.exists(f"/proc/{pid}"):
+    if _is_gone(pid):
         raise ProcessExited(f"RESUME of process {pid}: it is gone")
     if identify(pid) != proof.process:
         raise ProcessExited(f"RESUME of process {pid}: another process has this pid now")
@@ -342,16 +343,26 @@ def _failure(
     special: Mapping[int, type[MigrateError]],
 ) -> MigrateError:
     number = error.errno or errno.EIO
+    if isinstance(error, ConnectionError):  # no errno of the kernel: a RemoteFile's peer is gone
+        return (ProcessExited if _is_gone(pid) else kind)(f"{operation} of process {pid}: {error}")
     if number in special:
         kind = special[number]
     elif operation == "PROCESS_INFO" and number == errno.ENODEV:
         kind = NotKfdProcess
-    elif number == errno.EBADF and not os.path.exists(f"/proc/{pid}"):
+    elif number == errno.EBADF and _is_gone(pid):
         kind = ProcessExited
     elif number in _ERRORS:
         kind = _ERRORS[number]
     name = errno.errorcode.get(number, str(number))
     return kind(f"{operation} of process {pid}: {name} ({os.strerror(number)})")
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether it does not exist or is a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 # ---------------------------------------------------------------- structs and values

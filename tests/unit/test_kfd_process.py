@@ -211,6 +211,24 @@ def test_ebadf_of_a_process_that_is_gone(node: KfdDouble) -> None:
         KfdProcess(node, child.pid).process_info()
 
 
+def test_ebadf_of_a_zombie(node: KfdDouble) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    node.fail[INFO] = errno.EBADF
+    with pytest.raises(ProcessExited):
+        KfdProcess(node, child.pid).process_info()
+    child.wait()
+
+
+def test_an_executor_that_is_gone(process: KfdProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ioctl(request: int, arg: object) -> None:
+        raise ConnectionResetError("the executor is gone")
+
+    monkeypatch.setattr(process.file, "ioctl", ioctl)
+    with pytest.raises(CheckpointFailed, match="PROCESS_INFO.*executor is gone"):
+        process.process_info()
+
+
 @pytest.mark.parametrize("field", ["num_devices", "num_bos", "num_objects", "priv_data_size"])
 def test_absurd_counts_are_not_allocated(node: KfdDouble, process: KfdProcess, field: str) -> None:
     counts = msgspec.structs.replace(process.process_info(), **{field: 2**32 - 1})

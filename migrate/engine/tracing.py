@@ -6,13 +6,16 @@ import contextlib
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from migrate.engine import procfs
 from migrate.engine.remote import Connection, RemoteFile
 from migrate.engine.wire import Kind
 from migrate.errors import CheckpointFailed, MigrateError, NoSuchProcess, ProcessExited
+from migrate.kfd.guards import refuse_gpus_without_vm
 from migrate.kfd.process import KfdProcess
+from migrate.kfd.sysfs import read_topology
 from migrate.model import HostPaths, ProcessRef
 
 HELPER_EXIT = 10.0  # seconds until a helper that was told to end is killed
@@ -36,7 +39,7 @@ def traced(
             file = RemoteFile(connection, connection.ask(Kind.ATTACH).file)
             if not procfs.is_alive(process):
                 raise NoSuchProcess(f"process {process.pid} has ended")
-            yield [KfdProcess(file, process.pid)]
+            yield [KfdProcess(file, process.pid, before_pause=_guard(paths))]
             connection.ask(Kind.DONE, file=int(leave_paused))
         except (OSError, MigrateError) as error:
             if isinstance(error, NoSuchProcess):
@@ -46,6 +49,12 @@ def traced(
             if isinstance(error, ConnectionResetError):
                 raise CheckpointFailed("the helper that held the process died") from error
             raise
+
+
+def _guard(paths: HostPaths) -> Callable[[int], None]:
+    """Refuses to pause a process that sees a GPU without a VM: the kernel would oops."""
+    minors = {gpu.gpu_id: gpu.drm_render_minor for gpu in read_topology(paths.topology).gpus}
+    return partial(refuse_gpus_without_vm, paths=paths, render_minors=minors)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -24,14 +23,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from migrate.errors import UsageError
-from migrate.inventory import TlsFiles
+from migrate.inventory import HOST_NAME, TlsFiles
 
 CA_LIFETIME = timedelta(days=3650)
 LIFETIME = timedelta(days=365)
 # Hosts' clocks differ; a certificate is valid a little before it was made.
 CLOCK_SKEW = timedelta(minutes=5)
-# CN is at most 64 characters (RFC 5280, ub-common-name); the rest is what host names have.
-NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 
 
 class Role(StrEnum):
@@ -148,7 +145,7 @@ def issue(
 
 
 def _checked(name: str) -> str:
-    if not NAME.fullmatch(name):
+    if not HOST_NAME.fullmatch(name):
         raise UsageError(
             f"{name!r} can't be the name in a certificate",
             advice="Use 1 to 64 letters, digits, dots, dashes and underscores.",

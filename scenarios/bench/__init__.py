@@ -1,0 +1,1 @@
+"""Benchmarks: figures for a person to read, never a test's verdict."""

@@ -131,7 +131,7 @@ class Cluster:
         config = self.folder / f"{name}.toml"
         config.write_text(self._config(host))
         host.agent = self._start(
-            ["-m", "migrate.cli.main", "agent", "serve", "--config", str(config)],
+            ["-m", "migrate", "agent", "serve", "--config", str(config)],
             self.folder / f"{name}.agent.log",
         )
         host.address = self._ready.strip().decode()

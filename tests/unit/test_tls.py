@@ -289,6 +289,27 @@ def speaking(first: bytes) -> Iterator[str]:
             thread.join(DEADLINE)
 
 
+def test_an_agent_that_ends_at_that_moment(agent: TlsFiles, operator: TlsFiles) -> None:
+    """It closes as one that rejects us, but then nobody listens any more."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(agent.cert, agent.key)
+
+    def serve_one_and_end() -> None:
+        peer, _ = server.accept()
+        with peer, context.wrap_socket(peer, server_side=True) as tls:
+            server.close()
+            tls.recv(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        thread = threading.Thread(target=serve_one_and_end)
+        thread.start()
+        error = explain_failure(address, "node-a", operator, DEADLINE)
+        thread.join(DEADLINE)
+    assert isinstance(error, AgentUnreachable)
+    assert "no agent of node-a listens" in str(error)
+
+
 @pytest.mark.parametrize(
     ("first", "said"),
     [(b"SSH-2.0-x\r\n" * 9, "does not speak TLS"), (b"", "before it showed a certificate")],

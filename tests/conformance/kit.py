@@ -206,6 +206,12 @@ class Process:
         self.signals = self.alloc(gpu, PAGE, GTT | WRITABLE)
         self._next_signal = 0
 
+    def continue_at(self, signals: int) -> None:
+        """After a restore: where fresh kernargs and signals may be put."""
+        self._kernarg_at = 8 * PAGE
+        self._next_signal = signals
+        self._page_given = True
+
     def kernarg(self, kernargs: ctypes.Structure | None) -> int:
         """GPU address of a copy of *kernargs*."""
         if kernargs is None:

@@ -251,13 +251,10 @@ class _Decoder:
             raise self._broken(f"version {process.version}, not {KFD_CRIU_PRIV_VERSION}")
         if process.xnack_mode > 1:
             raise self._broken(f"XNACK mode {process.xnack_mode}")
-        self._need(num_devices * sizeof(kfd_criu_device_priv_data))
         devices = tuple(
             self._record(kfd_criu_device_priv_data).reserved for _ in range(num_devices)
         )
-        self._need(num_bos * bo_size)
         bos = tuple(self._bo(BO_RECORDS[bo_size], num_devices) for _ in range(num_bos))
-        self._need(num_objects * sizeof(c_uint32))
         objects = tuple(self._object(num_devices) for _ in range(num_objects))
         if self._at != len(self._data):
             raise self._broken(f"{len(self._data) - self._at} bytes are left over")

@@ -169,7 +169,7 @@ class KfdProcess:
         objects came or went since process_info: unpause then, and start again.
         """
         counts = self._counts
-        if not self._paused or counts is None:
+        if counts is None:
             raise CheckpointFailed(f"CHECKPOINT of process {self.pid} without PROCESS_INFO")
         check_counts(counts)
         with ExitStack() as stack:

@@ -147,6 +147,13 @@ def event(**changes: int) -> EventRecord:
     return msgspec.structs.replace(plain, **changes)
 
 
+def queue(**changes: int | bytes) -> QueueRecord:
+    numbers = dict.fromkeys(set(QueueRecord.__struct_fields__) - {"mqd", "ctl_stack"}, 0)
+    return msgspec.convert(
+        {"object_type": "queue", **numbers, "mqd": b"MQD", **changes}, QueueRecord
+    )
+
+
 def wire_of(*objects: Object, **changes: object) -> bytes:
     private = PrivateData(xnack_mode=0, devices=(0,), bos=(), objects=objects)
     return encode(msgspec.structs.replace(private, **changes))
@@ -158,6 +165,8 @@ def wire_of(*objects: Object, **changes: object) -> bytes:
         (b"\2\0\0\0" + wire_of()[4:], 0, "version 2"),
         (wire_of(xnack_mode=2), 0, "XNACK"),
         (wire_of(event())[:-64] + b"\3" + wire_of(event())[-63:], 1, "object type 3"),
+        (wire_of(queue(mqd=b"")), 1, "no MQD"),
+        (wire_of(queue(type=2)), 1, "type 2"),
         (wire_of(event(event_id=2**31)), 1, "event 2147483648"),
         (wire_of(event(signaled=2)), 1, "neither 0 nor 1"),
         (

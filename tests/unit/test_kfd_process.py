@@ -27,8 +27,9 @@ from migrate.errors import (
     SchedulerHang,
 )
 from migrate.kfd import uapi
+from migrate.kfd.checkpoint import check_checkpoint
 from migrate.kfd.guards import gpus_without_vm, identify, refuse_gpus_without_vm, render_minor
-from migrate.kfd.privdata import encode
+from migrate.kfd.privdata import QueueRecord, encode
 from migrate.kfd.process import (
     BoBucket,
     DeviceBucket,
@@ -370,33 +371,73 @@ def test_hostile_bos_never_reach_the_kernel(
     assert node.calls == []
 
 
-def test_hostile_ids_and_handles_never_reach_the_kernel(
-    node: KfdDouble, process: KfdProcess, render_node: int
-) -> None:
+def with_private(**changes: object) -> KfdCheckpoint:
     good = a_checkpoint()
-    device = good.devices[0]
-    twice = private().bos[0], private().bos[0]
-    event = msgspec.structs.replace(private().events[0], user_handle=uapi.MAKE_HANDLE(GPU, 99))
-    far = msgspec.structs.replace(private().bos[0], mapped_gpuids=(GPU + 9,))
-    hostile = [
-        msgspec.structs.replace(good, devices=()),
-        msgspec.structs.replace(good, devices=(msgspec.structs.replace(device, user_gpu_id=0),)),
-        msgspec.structs.replace(good, devices=(device, device)),
-        msgspec.structs.replace(good, num_objects=2),
-        msgspec.structs.replace(good, num_objects=-1),
-        msgspec.structs.replace(good, priv_data=good.priv_data + b"\0"),
-    ]
-    for change in (
-        {"bos": twice},
-        {"bos": (far, private().bos[1])},
-        {"objects": (event,)},
-    ):
-        changed = msgspec.structs.replace(private(), **change)
-        hostile.append(msgspec.structs.replace(good, priv_data=encode(changed)))
-    for checkpoint in hostile:
-        with pytest.raises(BrokenPrivateData):
-            process.restore(checkpoint, {OLD: NEW}, {NEW: render_node}, MINORS)
-    assert node.calls == []
+    changed = msgspec.structs.replace(private(), **changes)
+    return msgspec.structs.replace(
+        good, priv_data=encode(changed), num_objects=len(changed.objects)
+    )
+
+
+def a_queue(gpu_id: int) -> QueueRecord:
+    numbers = dict.fromkeys(set(QueueRecord.__struct_fields__) - {"mqd", "ctl_stack"}, 0)
+    plain = {"object_type": "queue", **numbers, "mqd": b"MQD", "gpu_id": gpu_id}
+    return msgspec.convert(plain, QueueRecord)
+
+
+BO, EVENT = private().bos[0], private().events[0]
+
+
+@pytest.mark.parametrize(
+    ("devices", "complaint"),
+    [
+        ((), "no GPU"),
+        ((0, OLD), "user_gpu_id 0"),
+        ((GPU, 0), "actual_gpu_id 0"),
+        ((2**32, OLD), "user_gpu_id 4294967296"),
+        ((GPU, OLD, GPU, OLD + 1), "user_gpu_id 48879"),
+        ((GPU, OLD, GPU + 1, OLD), "actual_gpu_id 48880"),
+        ((1, 2) * 65, "65 devices"),
+    ],
+)
+def test_hostile_gpu_ids_are_refused(devices: tuple[int, ...], complaint: str) -> None:
+    buckets = tuple(
+        DeviceBucket(user_gpu_id=user, actual_gpu_id=actual)
+        for user, actual in zip(devices[::2], devices[1::2], strict=True)
+    )
+    with pytest.raises(BrokenPrivateData, match=complaint):
+        check_checkpoint(msgspec.structs.replace(a_checkpoint(), devices=buckets))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"bos": (BO, BO)}, "BO 1 of GPU 48879 is given twice"),
+        (
+            {"bos": (msgspec.structs.replace(BO, mapped_gpuids=(7,)), private().bos[1])},
+            "mapped to GPUs",
+        ),
+        ({"objects": (EVENT, EVENT)}, "event 1 is given twice"),
+        ({"objects": (a_queue(GPU), a_queue(GPU))}, "queue 0 is given twice"),
+        ({"objects": (a_queue(GPU + 9),)}, "queue 0 is of GPU"),
+        ({"objects": (msgspec.structs.replace(EVENT, user_handle=GPU << 32 | 99),)}, "event page"),
+    ],
+)
+def test_hostile_private_data_is_refused(changes: dict[str, object], complaint: str) -> None:
+    with pytest.raises(BrokenPrivateData, match=complaint):
+        check_checkpoint(with_private(**changes))
+
+
+@pytest.mark.parametrize("num_objects", [-1, 2, 1 << 21])
+def test_a_wrong_number_of_objects_is_refused(num_objects: int) -> None:
+    with pytest.raises(BrokenPrivateData):
+        check_checkpoint(msgspec.structs.replace(a_checkpoint(), num_objects=num_objects))
+
+
+def test_what_is_whole_passes() -> None:
+    assert check_checkpoint(a_checkpoint()) == private()
+    page = msgspec.structs.replace(EVENT, user_handle=uapi.MAKE_HANDLE(GPU, 1))
+    check_checkpoint(with_private(objects=(a_queue(GPU), page)))
 
 
 # ---------------------------------------------------------------- resume

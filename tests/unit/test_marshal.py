@@ -8,6 +8,7 @@ import os
 import struct
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from migrate.errors import FrameRejected
@@ -315,6 +316,34 @@ def test_a_reply_that_names_an_fd_it_does_not_have_is_refused(index: int) -> Non
     with pytest.raises(OSError, match="names fd"):
         apply(Reply(errno=0, arg=arg, fds=(fd,)), uapi.AMDKFD_IOC_EXPORT_DMABUF, args)
     assert not is_open(fd)
+
+
+def test_a_reply_that_names_an_fd_twice_is_refused() -> None:
+    bos = (uapi.kfd_criu_bo_bucket * 2)()
+    args = uapi.kfd_ioctl_criu_args(
+        op=uapi.KFD_CRIU_OP_CHECKPOINT, bos=ctypes.addressof(bos), num_bos=2
+    )
+    fd = os.memfd_create("x")
+    with pytest.raises(OSError, match="names fd 0"):
+        apply(Reply(errno=0, arg=bytes(args), regions=(bytes(bos),), fds=(fd,)), CRIU, args)
+    assert not is_open(fd)
+
+
+def test_a_caller_can_not_have_an_fd_of_the_executor_closed(pipe: tuple[int, int]) -> None:
+    bos = (uapi.kfd_criu_bo_bucket * 1)(uapi.kfd_criu_bo_bucket(dmabuf_fd=pipe[0]))
+    args = uapi.kfd_ioctl_criu_args(
+        op=uapi.KFD_CRIU_OP_RESTORE, bos=ctypes.addressof(bos), num_bos=1
+    )
+    call = pack(CRIU, args)
+    hostile = msgspec.structs.replace(
+        call, regions=(msgspec.structs.replace(call.regions[0], data=bytes(bos)),)
+    )
+
+    def fail(arg: ctypes.Structure) -> None:
+        raise OSError(errno.EINVAL, "")
+
+    assert execute(over_the_wire(hostile), Echo(fail)).errno == errno.EINVAL
+    assert is_open(pipe[0])
 
 
 def test_an_fd_that_no_field_names_is_closed() -> None:

@@ -37,8 +37,8 @@ class Verdict(Value):
     steps: int
 
 
-class Result(Value):
-    """What the workload writes at its end."""
+class Result(msgspec.Struct, frozen=True):
+    """Of what the workload writes at its end, what the demo looks at."""
 
     digest: str
     steps: int

@@ -74,14 +74,21 @@ class SourceFigures:
     """Collects until the report is made."""
 
     def __init__(
-        self, migration: str, survey: Survey, *, source: str, destination: str, narrator: Narrator
+        self,
+        migration: str,
+        survey: Survey,
+        *,
+        engine: str,
+        source: str,
+        destination: str,
+        narrator: Narrator,
     ) -> None:
         self.migration = migration
         self.survey = survey
         self.source = source
         self.destination = destination
         self.narrator = narrator
-        self.engine = ""
+        self.engine = engine
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         self._began = time.monotonic()
         self.downtime = DowntimeClock()

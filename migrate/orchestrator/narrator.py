@@ -68,6 +68,11 @@ class Narrator:
             self.status, self.owner, self._ended = status, owner, True
         self.say(message)
 
+    def close_phase(self) -> None:
+        """The phase at hand is over, and none begins."""
+        with self._changed:
+            self._close_phase()
+
     def phases(self) -> tuple[Phase, ...]:
         """The phases that are over, with seconds."""
         with self._changed:

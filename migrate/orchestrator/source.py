@@ -72,7 +72,12 @@ class SourceMigration:
         self.cancel = threading.Event()  # an operator asked for an abort
         self.stop = threading.Event()  # the agent ends
         self.figures = SourceFigures(
-            migration, survey, source=host.name, destination=peer.name, narrator=self.narrator
+            migration,
+            survey,
+            engine=host.engine.name,
+            source=host.name,
+            destination=peer.name,
+            narrator=self.narrator,
         )
         self.side = SourceSide(
             migration,
@@ -154,6 +159,7 @@ class SourceMigration:
         if error is None and state is SourceState.ROLLED_BACK:
             error = refusal(self.side.answer)
         alive = self.host.engine.is_alive(self.process)
+        self.narrator.close_phase()
         report = self.figures.report(state, self.side.answer, error, alive, self.host.peak_memory())
         self.narrator.owner = report.owner
         if state in (SourceState.DONE, SourceState.ROLLED_BACK, None) or error is not None:
@@ -194,6 +200,11 @@ class SourceMigration:
             raise EngineUnsupported(f"process {self.process.pid} has no KFD state")
         topology = self.host.topology()
         with self._snapshot() as stopped:
+            self.figures.user_gpu_ids = {
+                device.actual_gpu_id: device.user_gpu_id
+                for checkpointed in stopped.checkpoints
+                for device in checkpointed.checkpoint.devices
+            }
             needs = preflight.needs(
                 self.survey, [c.checkpoint for c in stopped.checkpoints], self.options
             )

@@ -38,24 +38,22 @@ from migrate.model import HostPaths, ProcessRef
 _BUILD_TIMEOUT = 120.0  # seconds the new process may take to start or to build itself
 _HELD_TIMEOUT = 10.0  # seconds from its word that it is built until it is stopped
 _POLL = 0.0005
+_TAIL = 4096  # bytes of what the new process wrote that are looked at after a failure
 
 
 class Held:
     """``HeldProcess`` of the reexec engine."""
 
+    process: ProcessRef
+
     def __init__(
-        self,
-        process: ProcessRef,
-        channel: socket.socket,
-        document: Document,
-        paths: HostPaths,
-        log: Path,
+        self, channel: socket.socket, document: Document, paths: HostPaths, log: Path
     ) -> None:
-        self.process = process
         self._connection = Connection(channel)
         self._document = document
         self._paths = paths
-        self._log = log
+        self._errors = Path(document.output[1] or log)
+        self._errors_start = self._errors.stat().st_size if self._errors.exists() else 0
         self._kfd: tuple[KfdProcess, ...] = ()
 
     @classmethod
@@ -68,10 +66,10 @@ class Held:
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            with theirs:
-                process = _spawn(document, paths, log, theirs.fileno())
             ours.settimeout(_BUILD_TIMEOUT)
-            held = cls(process, ours, document, paths, log)
+            held = cls(ours, document, paths, log)
+            with theirs:
+                held.process = _spawn(document, paths, log, theirs.fileno())
             held._begin(ranges)
         except BaseException:
             ours.close()  # a trampoline ends when its agent does
@@ -133,11 +131,13 @@ class Held:
         control.kill(self.process)
 
     def _failed(self, doing: str, error: Exception) -> MigrateError:
-        said = ""
-        with contextlib.suppress(OSError):
-            said = self._log.read_text(errors="replace").strip().rpartition("\n")[2]
+        """RestoreFailed with the last line that the new process wrote, if it wrote any."""
+        said = b""
+        with contextlib.suppress(OSError), self._errors.open("rb") as file:
+            file.seek(self._errors_start)
+            said = file.read()[-_TAIL:].strip().rpartition(b"\n")[2]
         text = f"process {self.process.pid}: {doing} failed: {error}"
-        return RestoreFailed(f"{text} ({said})" if said else text)
+        return RestoreFailed(f"{text} ({said.decode(errors='replace')})" if said else text)
 
 
 def _spawn(document: Document, paths: HostPaths, log: Path, executor: int) -> ProcessRef:

@@ -1,0 +1,185 @@
+"""Simulated hosts, the training workload, and a migration by hand, for the engine's tests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from migrate.engine.held import Held
+from migrate.engine.reexec import ReexecEngine
+from migrate.engine.seam import MovedBo, MovedGpu
+from migrate.kfd.file import open_device
+from migrate.kfd.process import Checkpointed, KfdProcess, Restored, resume
+from migrate.kfd.sysfs import read_topology
+from migrate.model import HostPaths, ProcessRef
+
+REPOSITORY = Path(__file__).parents[2]
+PATIENCE = 60.0  # seconds; never what a test measures
+
+
+def until(reached: Callable[[], object], what: str = "") -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + PATIENCE
+    while not reached():
+        assert time.monotonic() < deadline, f"never happened: {what or reached}"
+        time.sleep(0.002)
+
+
+class Host:
+    """A simulated host: its node process and its paths."""
+
+    def __init__(self, root: Path, slot_offset: int, profile: str = "mi210x2") -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        self.paths = HostPaths.under(root)
+        self.engine = ReexecEngine(self.paths)
+        ready, write = os.pipe()
+        self._parent_fd, parent = os.pipe()[::-1]
+        command = [sys.executable, "-m", "migrate.kfd.sim", "--root", str(root)]
+        command += ["--profile", profile, "--allow-unprivileged"]
+        command += ["--slot-offset", str(slot_offset)]
+        command += ["--ready-fd", str(write), "--parent-fd", str(parent)]
+        self._node = subprocess.Popen(
+            command, pass_fds=[write, parent], stdout=subprocess.DEVNULL, cwd=REPOSITORY
+        )
+        os.close(write)
+        os.close(parent)
+        try:
+            assert os.read(ready, 1), "the simulated node did not start"
+        finally:
+            os.close(ready)
+
+    def close(self) -> None:
+        os.close(self._parent_fd)
+        self._node.terminate()
+        self._node.wait()
+
+
+@contextlib.contextmanager
+def hosts(folder: Path, *names: str) -> Iterator[list[Host]]:
+    """Simulated hosts whose gpu_ids differ."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for index, name in enumerate(names):
+            host = Host(folder / name, 3 * index)
+            stack.callback(host.close)
+            found.append(host)
+        yield found
+
+
+class Job:
+    """A run of the training workload; ended with the test."""
+
+    def __init__(self, host: Host, folder: Path, name: str, *options: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / f"{name}.log"
+        self.result = folder / f"{name}.json"
+        self.errors = folder / f"{name}.err"
+        command = [sys.executable, "-m", "scenarios.workloads.train"]
+        command += ["--log", str(self.log), "--result", str(self.result), *options]
+        environment = os.environ | {
+            "MIGRATE_HOST_ROOT": str(Path(host.paths.kfd).parent),
+            "MIGRATE_PTRACER": str(os.getpid()),
+        }
+        with self.errors.open("ab") as errors:
+            self.popen = subprocess.Popen(
+                command, env=environment, cwd=REPOSITORY, stdout=errors, stderr=errors
+            )
+
+    @property
+    def steps(self) -> int:
+        """Steps that are in the log."""
+        return self.log.read_bytes().count(b"\n") if self.log.exists() else 0
+
+    def report(self, process: ProcessRef | None = None) -> dict[str, Any]:
+        """The result, once the process has ended well."""
+        if process is None:
+            code = self.popen.wait(PATIENCE)
+            assert code == 0, self.errors.read_text()
+        until(self.result.exists, f"a result ({self.errors.read_text()})")
+        found: dict[str, Any] = json.loads(self.result.read_text())
+        return found
+
+
+@contextlib.contextmanager
+def job(host: Host, folder: Path, name: str, *options: str) -> Iterator[Job]:
+    started = Job(host, folder, name, *options)
+    try:
+        yield started
+    finally:
+        started.popen.kill()
+        started.popen.wait()
+
+
+def pause_and_checkpoint(kfd: Any) -> Checkpointed:
+    """A visitor that leaves the queues paused."""
+    process: KfdProcess = kfd[0]
+    process.process_info()
+    return process.checkpoint()
+
+
+def copy_memory(source: Checkpointed, target: Restored) -> None:
+    for ours, theirs, bo in zip(source.dmabufs, target.dmabufs, source.checkpoint.bos, strict=True):
+        if ours is None or theirs is None:
+            continue
+        with mmap.mmap(ours, bo.size) as before, mmap.mmap(theirs, bo.size) as after:
+            after[:] = before[:]
+
+
+def build(source: Host, target: Host, process: ProcessRef) -> tuple[Held, Restored]:
+    """Freeze *process* and build it at *target*, held; the source stays frozen and paused."""
+    image = source.engine.freeze(process)
+    with source.engine.visit_frozen(process, pause_and_checkpoint) as checkpointed:
+        checkpoint = checkpointed.checkpoint
+        held = target.engine.restore(image, f"m{process.pid}")
+        kfd = held.kfd[0]
+        minors = {
+            gpu.gpu_id: gpu.drm_render_minor for gpu in read_topology(target.paths.topology).gpus
+        }
+        # In the order of the gpu_ids: neighbours may change places on the way.
+        actual = sorted(device.actual_gpu_id for device in checkpoint.devices)
+        gpu_map = dict(zip(actual, sorted(minors), strict=True))
+        nodes = {
+            gpu: kfd.file.open_node(f"{target.paths.dri}/renderD{minor}")
+            for gpu, minor in minors.items()
+        }
+        for wanted in image.ranges:
+            data = memoryview(bytearray(wanted.length))
+            source.engine.memory(process, wanted).read(0, data)
+            held.memory(wanted).write(0, data)
+        with kfd.restore(checkpoint, gpu_map, nodes, minors) as restored:
+            copy_memory(checkpointed, restored)
+        gpus = [
+            MovedGpu(
+                user_gpu_id=device.user_gpu_id,
+                source_gpu_id=device.actual_gpu_id,
+                gpu_id=gpu_map[device.actual_gpu_id],
+                drm_fd=nodes[gpu_map[device.actual_gpu_id]],
+            )
+            for device in checkpoint.devices
+        ]
+        bos = [
+            MovedBo(gpu_id=bo.gpu_id, offset=bo.offset, size=bo.size, restored_offset=offset)
+            for bo, offset in zip(checkpoint.bos, restored.restored_offsets, strict=True)
+        ]
+        held.finish(gpus, bos)
+    return held, restored
+
+
+def migrate(source: Host, target: Host, process: ProcessRef) -> ProcessRef:
+    """Move *process*; the source's copy is killed before the new one runs."""
+    held, restored = build(source, target, process)
+    assert target.engine.is_frozen(held.process)
+    source.engine.kill(process)
+    kfd = open_device(target.paths.kfd)
+    assert resume(kfd, held.process.pid, restored.proof)
+    kfd.close()
+    held.release()
+    return held.process

@@ -1,0 +1,217 @@
+"""Freeze, thaw, restore: real processes, at moments nobody chose."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from migrate.engine import procfs
+from migrate.engine.reexec import ReexecEngine
+from migrate.errors import FreezeTimeout, NoSuchProcess, NotKfdProcess, RestoreFailed
+from migrate.kfd.file import find_kfd_fds
+from migrate.model import ProcessRef
+from tests.integration.engine_rig import (
+    Host,
+    Job,
+    build,
+    hosts,
+    job,
+    migrate,
+    pause_and_checkpoint,
+    until,
+)
+
+OPTIONS = ("--steps", "150", "--vram", "8MiB", "--delay-us", "300")
+
+
+@pytest.fixture(scope="module")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
+    with hosts(tmp_path_factory.mktemp("hosts"), "a", "b", "c") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def twin(trio: list[Host], tmp_path_factory: pytest.TempPathFactory) -> Job:
+    with job(trio[0], tmp_path_factory.mktemp("twin"), "twin", *OPTIONS) as found:
+        found.report()
+        return found
+
+
+def running(found: Job, steps: int = 3) -> ProcessRef:
+    until(lambda: found.steps >= steps or found.popen.poll() is not None, "steps")
+    return procfs.reference(found.popen.pid)
+
+
+def test_frozen_and_thawed_at_any_moment_loses_nothing(
+    trio: list[Host], twin: Job, tmp_path: Path
+) -> None:
+    engine = trio[0].engine
+    with job(trio[0], tmp_path, "thawed", *OPTIONS) as found:
+        process = running(found)
+        images: list[bytes] = []
+        while procfs.is_alive(process) and len(images) < 25:
+            images.append(engine.freeze(process).state)
+            assert engine.is_frozen(process)
+            engine.thaw(process)
+            assert not engine.is_frozen(process)
+            time.sleep(random.random() * 0.02)
+        assert len(set(images)) > 5, "it did not run on between the freezes"
+        assert found.report()["digest"] == twin.report()["digest"]
+    assert found.log.read_bytes() == twin.log.read_bytes()
+
+
+def test_frozen_stays_frozen_for_another_agent_and_foreign_signals(
+    trio: list[Host], tmp_path: Path
+) -> None:
+    with job(trio[0], tmp_path, "frozen", *OPTIONS) as found:
+        process = running(found)
+        image = trio[0].engine.freeze(process)
+        os.kill(process.pid, signal.SIGCONT)
+        until(lambda: procfs.all_stopped(process.pid), "it stops itself again")
+        steps = found.steps
+        another = ReexecEngine(trio[0].paths)
+        assert another.is_frozen(process)
+        assert another.freeze(process) == image
+        assert found.steps == steps
+        another.thaw(process)
+        another.thaw(process)
+        until(lambda: found.steps > steps, "it runs on")
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_moved_it_ends_like_the_twin_that_never_moved(
+    trio: list[Host], twin: Job, tmp_path: Path, attempt: int
+) -> None:
+    a, b, _ = trio
+    with job(a, tmp_path, "moved", *OPTIONS) as found:
+        process = running(found, random.randrange(1, 60))
+        moved = migrate(a, b, process)
+        assert not a.engine.is_alive(process)
+        report = found.report(moved)
+    check_report(report, twin.report(), [process.pid, moved.pid])
+    assert found.log.read_bytes() == twin.log.read_bytes()
+    assert set(report["actual_gpu_ids"]).isdisjoint(report["gpu_ids"])
+
+
+def check_report(report: dict[str, object], twin: dict[str, object], pids: list[int]) -> None:
+    for same in ("digest", "steps", "gpu_ids", "handles", "queue_ids", "event_ids"):
+        assert report[same] == twin[same], same
+    assert report["pids"] == pids
+    assert report["fds_at_end"] == report["fds_at_start"]
+
+
+def test_there_and_back_and_on(trio: list[Host], twin: Job, tmp_path: Path) -> None:
+    a, b, c = trio
+    with job(a, tmp_path, "tour", *OPTIONS) as found:
+        process = running(found)
+        pids = [process.pid]
+        for source, target in ((a, b), (b, a), (a, c)):
+            process = migrate(source, target, process)
+            pids.append(process.pid)
+        report = found.report(process)
+    check_report(report, twin.report(), pids)
+
+
+def test_a_copy_given_up_leaves_the_source_to_go_on(
+    trio: list[Host], twin: Job, tmp_path: Path
+) -> None:
+    a, b, _ = trio
+    with job(a, tmp_path, "kept", *OPTIONS) as found:
+        process = running(found)
+        held, _ = build(a, b, process)
+        held.abandon()
+        held.abandon()
+        assert not b.engine.is_alive(held.process)
+        a.engine.visit_frozen(process, lambda kfd: kfd[0].unpause_if_paused())
+        a.engine.thaw(process)
+        assert found.report()["digest"] == twin.report()["digest"]
+
+
+def test_snapshots_of_the_running_process_change_nothing(
+    trio: list[Host], twin: Job, tmp_path: Path
+) -> None:
+    with job(trio[0], tmp_path, "seen", *OPTIONS, "--pace", "0.01") as found:
+        process = running(found)
+        before = found.steps
+
+        def visit(kfd: object) -> int:
+            assert procfs.all_stopped(process.pid)
+            with pause_and_checkpoint(kfd) as checkpointed:
+                return len(checkpointed.checkpoint.bos)
+
+        for _ in range(2):
+            # The visitor leaves the queues paused: letting go starts them.
+            assert trio[0].engine.snapshot(process, visit) > 0
+        until(lambda: found.steps > before, "it runs on")
+        assert found.report()["digest"] == twin.report()["digest"]
+
+
+def test_survey_says_what_stands_in_the_way(trio: list[Host], tmp_path: Path) -> None:
+    engine = trio[0].engine
+    with job(trio[0], tmp_path, "surveyed", *OPTIONS) as found:
+        process = running(found)
+        survey = engine.survey(process.pid)
+        assert survey.process == process
+        assert survey.kfd_processes == (process.pid,)
+        assert survey.blockers == ()
+        os.kill(process.pid, signal.SIGSTOP)
+        until(lambda: procfs.all_stopped(process.pid))
+        (blocker,) = engine.survey(process.pid).blockers
+        assert "stopped by somebody else" in blocker.message
+        os.kill(process.pid, signal.SIGCONT)
+    with pytest.raises(NoSuchProcess):
+        engine.survey(process.pid)
+    with pytest.raises(NotKfdProcess):
+        engine.survey(os.getpid())
+
+
+def test_a_program_without_the_runtime_is_told_apart(trio: list[Host]) -> None:
+    code = (
+        "import sys; from migrate.kfd.file import open_device\n"
+        "file = open_device(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, trio[0].paths.kfd]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"open\n"
+        assert find_kfd_fds(other.pid, trio[0].paths)
+        (blocker,) = trio[0].engine.survey(other.pid).blockers
+        assert blocker.reason == "ENGINE_UNSUPPORTED"
+        other.kill()
+
+
+def test_a_process_that_does_not_answer_runs_on(trio: list[Host]) -> None:
+    code = (
+        "import signal; from migrate.engine.runtime import Runtime, SIGNAL\n"
+        "runtime = Runtime.start(); signal.pthread_sigmask(signal.SIG_BLOCK, {SIGNAL})\n"
+        "print('deaf', flush=True); input()\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, {SIGNAL}); print('heard', flush=True)\n"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as deaf:
+        assert deaf.stdout is not None
+        assert deaf.stdin is not None
+        assert deaf.stdout.readline() == b"deaf\n"
+        process = procfs.reference(deaf.pid)
+        with pytest.raises(FreezeTimeout):
+            ReexecEngine(trio[0].paths, freeze_timeout=0.3).freeze(process)
+        assert deaf.communicate(b"\n", timeout=30)[0] == b"heard\n"
+        assert deaf.returncode == 0
+
+
+def test_a_command_that_is_not_there_is_refused(trio: list[Host], tmp_path: Path) -> None:
+    a, b, _ = trio
+    with job(a, tmp_path, "gone", *OPTIONS) as found:
+        image = a.engine.freeze(running(found))
+        broken = image.state.replace(b"scenarios.workloads.train", b"scenarios.workloads.trash")
+        assert broken != image.state
+        with pytest.raises(RestoreFailed, match=r"scenarios\.workloads\.trash"):
+            b.engine.restore(type(image)(engine="reexec", state=broken, ranges=()), "broken")

@@ -8,6 +8,7 @@ those that the calling process knows. The CRIU operations are in ``process``.
 from __future__ import annotations
 
 import ctypes
+import errno
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -246,6 +247,8 @@ def svm(
     """Set or get SVM attributes, (type, value) each, of a range; returns what came back."""
     size_of_attributes = len(attributes) * ctypes.sizeof(uapi.kfd_ioctl_svm_attribute)
     room = ctypes.sizeof(uapi.kfd_ioctl_svm_args) + size_of_attributes
+    if room > uapi._IOC_SIZEMASK:
+        raise OSError(errno.EINVAL, f"{len(attributes)} attributes do not fit")
     buffer = bytearray(
         bytes(
             uapi.kfd_ioctl_svm_args(

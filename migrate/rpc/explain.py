@@ -24,6 +24,9 @@ NOT_YET_VALID, EXPIRED, HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH = 9, 10, 62, 64
 # accepted our certificate answers with its own SETTINGS.
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
 
+# The peer closed. Which of them Python raises for the same event changed within 3.11.
+ENDED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+
 
 def explain_failure(address: str, name: str, files: TlsFiles, timeout: float = 5.0) -> MigrateError:
     """The error that says why the agent of host *name* at ``host:port`` can't be reached.
@@ -70,7 +73,7 @@ def _explain_tls(
         tls = context.wrap_socket(plain, server_hostname=name)
     except ssl.SSLCertVerificationError as error:
         return CertificateRejected(_their_certificate(error, peer, name, files))
-    except (ssl.SSLEOFError, ConnectionError):
+    except ENDED:
         return AgentUnreachable(f"{peer} closed the connection before it showed a certificate")
     except ssl.SSLError as error:
         if "ALERT" in (error.reason or ""):
@@ -91,7 +94,7 @@ def _explain_http2(tls: ssl.SSLSocket, peer: str, files: TlsFiles) -> MigrateErr
     try:
         tls.sendall(PREFACE)
         answer = tls.recv(1)
-    except (ssl.SSLEOFError, ConnectionError):
+    except ENDED:
         answer = b""
     except ssl.SSLError as error:
         return CertificateRejected(_our_certificate(peer, files, error.reason))

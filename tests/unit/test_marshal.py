@@ -329,20 +329,26 @@ def test_a_reply_that_names_an_fd_twice_is_refused() -> None:
     assert not is_open(fd)
 
 
-def test_a_caller_can_not_have_an_fd_of_the_executor_closed(pipe: tuple[int, int]) -> None:
+@pytest.mark.parametrize("remote_fds", [False, True])
+def test_a_caller_can_not_have_an_fd_of_the_executor_closed(
+    pipe: tuple[int, int], remote_fds: bool
+) -> None:
     bos = (uapi.kfd_criu_bo_bucket * 1)(uapi.kfd_criu_bo_bucket(dmabuf_fd=pipe[0]))
     args = uapi.kfd_ioctl_criu_args(
         op=uapi.KFD_CRIU_OP_RESTORE, bos=ctypes.addressof(bos), num_bos=1
     )
     call = pack(CRIU, args)
     hostile = msgspec.structs.replace(
-        call, regions=(msgspec.structs.replace(call.regions[0], data=bytes(bos)),)
+        call,
+        remote_fds=remote_fds,
+        regions=(msgspec.structs.replace(call.regions[0], data=bytes(bos)),),
     )
 
     def fail(arg: ctypes.Structure) -> None:
         raise OSError(errno.EINVAL, "")
 
-    assert execute(over_the_wire(hostile), Echo(fail)).errno == errno.EINVAL
+    reply = execute(over_the_wire(hostile), Echo(fail), remote_fds=remote_fds)
+    assert reply.errno == errno.EINVAL
     assert is_open(pipe[0])
 
 

@@ -28,6 +28,7 @@ class AgentConfig(Value):
     listen: str = "0.0.0.0:7601"
     advertise: str = ""
     data_listen: str = "0.0.0.0:0"
+    data_advertise: str = ""
     engine: str = "reexec"
     root: str = ""
     paths: HostPaths | None = None

@@ -118,7 +118,10 @@ class DestinationFigures(Value):
 
 
 class Report(Value):
-    """All of a migration. ``running`` is "source", "destination", "nowhere" or "unknown"."""
+    """All of a migration. ``running`` is "source", "destination", "nowhere" or "unknown".
+
+    ``pending_packets``: packets that waited in the queues' rings when the process stood.
+    """
 
     id: str
     status: Status
@@ -137,6 +140,7 @@ class Report(Value):
     bytes: Bytes = Bytes()
     codecs: dict[str, float] = msgspec.field(default_factory=dict)
     gpu_map: tuple[GpuRow, ...] = ()
+    pending_packets: int = 0
     chunks_verified: int = 0
     source_peak: PeakMemory = PeakMemory()
     destination_peak: PeakMemory = PeakMemory()

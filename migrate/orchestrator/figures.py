@@ -96,6 +96,7 @@ class SourceFigures:
         self.stats: list[RoundStats] = []
         self.predicted: float | None = None
         self.gpu_map: GpuMap | None = None
+        self.pending_packets = 0
         self.user_gpu_ids: dict[int, int] = {}  # actual gpu_id at the source: user_gpu_id
         self._sizes: dict[ObjectKind, int] = {}
         self._destination = DestinationFigures()
@@ -176,6 +177,7 @@ class SourceFigures:
             bytes=self._bytes(),
             codecs=self._codecs(),
             gpu_map=self._gpu_rows(),
+            pending_packets=self.pending_packets,
             chunks_verified=self._destination.chunks_verified,
             source_peak=peak,
             destination_peak=self._destination.peak,

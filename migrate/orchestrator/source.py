@@ -41,6 +41,7 @@ from migrate.orchestrator.narrator import Narrator
 from migrate.orchestrator.objects import ObjectTable, opened
 from migrate.orchestrator.peer import Peer, Reservation
 from migrate.orchestrator.plan import ObjectOrder, Options, RestoreOrder
+from migrate.orchestrator.rings import pending_packets
 from migrate.orchestrator.source_handover import SourceSide, note_pausing, note_unpaused, refusal
 from migrate.report import Report
 from migrate.status import SourceState, Status
@@ -248,6 +249,7 @@ class SourceMigration:
         self.narrator.enter("checkpoint", Status.DEVICE)
         note_pausing(self.host.journal, self.id)
         with _Stopped(self.host.engine.visit_frozen(self.process, _checkpoint)) as stopped:
+            self.figures.pending_packets = pending_packets(stopped.checkpoints)
             downtime.lap("checkpoint")
             self.narrator.enter("final round", Status.DEVICE)
             order = self._final_order(image, [c.checkpoint for c in stopped.checkpoints])

@@ -1,0 +1,46 @@
+"""How many packets wait in a stopped process's rings: what "at any instant" means in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from migrate.dataplane.memory import MmapAccess
+from migrate.kfd import uapi
+from migrate.kfd.process import Checkpointed
+from migrate.orchestrator.objects import private_data
+
+POINTER = 8  # bytes of a read or write pointer of an AQL queue (HSA: uint64)
+
+
+def pending_packets(checkpoints: Sequence[Checkpointed]) -> int:
+    """Packets written and not yet read in all AQL queues.
+
+    Queues whose pointers lie in no buffer with contents (a process's own memory) are left
+    out, as are SDMA queues, whose pointers count bytes.
+    """
+    return sum(
+        max(0, written - read)
+        for checkpointed in checkpoints
+        for queue in private_data(checkpointed.checkpoint).queues
+        if queue.type == uapi.KFD_IOC_QUEUE_TYPE_COMPUTE_AQL
+        for written, read in [
+            (
+                _pointer(checkpointed, queue.write_ptr_addr),
+                _pointer(checkpointed, queue.read_ptr_addr),
+            )
+        ]
+        if written is not None and read is not None
+    )
+
+
+def _pointer(checkpointed: Checkpointed, address: int) -> int | None:
+    for bucket, fd in zip(checkpointed.checkpoint.bos, checkpointed.dmabufs, strict=True):
+        if fd is not None and bucket.addr <= address <= bucket.addr + bucket.size - POINTER:
+            access = MmapAccess(fd, bucket.size, own=False)
+            try:
+                data = bytearray(POINTER)
+                access.read(address - bucket.addr, memoryview(data))
+            finally:
+                access.close()
+            return int.from_bytes(data, "little")
+    return None

@@ -40,8 +40,7 @@ from migrate.topology.search import Problem, Solution
 VISIBLE_GPUS = "visible-gpus"  # no rule to relax: RESTORE wants the same number
 GPU_MAP = "gpu-map"  # the caller's own --gpu-map
 
-# One number for the search: 2016 pairs of 64 GPUs, two directions, 1 TB/s at most.
-_NUMA_SHIFT, _HIVE_SHIFT, _BANDWIDTH_CAP = 44, 33, (1 << 20) - 1
+_NUMA_SHIFT = 12  # at most 2016 pairs of 64 GPUs
 _OVERRIDE = 1 << len(RULES)  # a bit that nothing relaxes
 
 
@@ -198,7 +197,8 @@ class Case:
             source_joint=source_joint,
             destination_joint=destination_joint,
             joint_broken=[[_joint_broken(a, b, broken) for b in theirs] for a in mine],
-            joint_cost=[[_joint_cost(a, b) for b in theirs] for a in mine],
+            joint_grouping=[[_grouping(a, b) for b in theirs] for a in mine],
+            joint_bandwidth=[[_bandwidth(a, b) for b in theirs] for a in mine],
         )
 
     def gpu_broken(self, s: SourceGpu, d: DestinationGpu) -> int:
@@ -261,14 +261,14 @@ def _joint_broken(a: Joint, b: Joint, known: dict[tuple[object, object], int]) -
     return known[key]
 
 
-def _joint_cost(a: Joint, b: Joint) -> int:
-    lost = sum(
-        min(max(0, old - new), _BANDWIDTH_CAP)
-        for old, new in zip(a.bandwidth, b.bandwidth, strict=True)
-    )
+def _grouping(a: Joint, b: Joint) -> int:
+    """NUMA before hive, in one number."""
     numa = None not in (a.same_numa, b.same_numa) and a.same_numa != b.same_numa
-    hive = a.same_hive != b.same_hive
-    return (numa << _NUMA_SHIFT) + (hive << _HIVE_SHIFT) + lost
+    return (numa << _NUMA_SHIFT) + (a.same_hive != b.same_hive)
+
+
+def _bandwidth(a: Joint, b: Joint) -> int:
+    return sum(max(0, old - new) for old, new in zip(a.bandwidth, b.bandwidth, strict=True))
 
 
 # ---------------------------------------------------------------- results
@@ -296,9 +296,9 @@ def _success(case: Case, found: Solution) -> MatchResult:
         map=GpuMap(pairs=pairs),
         cost=Cost(
             relaxed=len(relaxed),
-            numa=found.cost >> _NUMA_SHIFT,
-            hive=found.cost >> _HIVE_SHIFT & 0x7FF,
-            xgmi_bandwidth_lost=found.cost & (1 << _HIVE_SHIFT) - 1,
+            numa=found.grouping >> _NUMA_SHIFT,
+            hive=found.grouping & (1 << _NUMA_SHIFT) - 1,
+            xgmi_bandwidth_lost=found.bandwidth,
         ),
         relaxed=relaxed,
         show=tuple(d.node.gpu_id for n, d in enumerate(case.destinations) if n in taken),

@@ -8,9 +8,11 @@ about two GPUs. So every smallest set is reached, and no set is tried that is la
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from migrate.topology.search import Problem, Solution, solve
+import numpy as np
+
+from migrate.topology.search import Problem, Solution, feasible, matchable, solve
 
 _EFFORT = 20_000
 
@@ -34,7 +36,7 @@ def cheapest(problem: Problem, allowed: int) -> Solution | None:
 def mildest(problem: Problem, allowed: int) -> Solution | None:
     """A map that breaks the fewest rules; of several smallest sets the mildest (last in order)."""
     for rules in _candidates(problem, allowed):
-        found = solve(problem, rules, _EFFORT)
+        found = feasible(problem, rules)
         if found is not None:
             return found
     return None
@@ -42,32 +44,41 @@ def mildest(problem: Problem, allowed: int) -> Solution | None:
 
 def _candidates(problem: Problem, allowed: int) -> Iterator[int]:
     """Sets worth trying, the smallest first; the consumer stops when it has enough."""
-    steps = {bits for row in problem.gpu_broken for bits in row if bits}
     joint = 0
     for row in problem.joint_broken:
         for bits in row:
             joint |= bits
-    steps |= {1 << n for n in range(joint.bit_length()) if joint >> n & 1}
+    pair_steps = {1 << n for n in range(joint.bit_length()) if joint >> n & 1}
     heap = [(0, 0, 0)]
     known = {0}
     while heap:
         _, _, rules = heapq.heappop(heap)
-        if _every_gpu_has_a_place(problem, rules):
+        steps = _unary_steps(problem, rules)
+        if steps is None:
             yield rules
-        for step in _useful(problem, rules, steps):
+            steps = pair_steps.union(*problem.gpu_broken)
+        for step in _smallest(steps, rules):
             larger = rules | step
             if larger not in known and not larger & ~allowed:
                 known.add(larger)
                 heapq.heappush(heap, (larger.bit_count(), -larger, larger))
 
 
-def _every_gpu_has_a_place(problem: Problem, rules: int) -> bool:
-    return all(any(not bits & ~rules for bits in row) for row in problem.gpu_broken)
-
-
-def _useful(problem: Problem, rules: int, steps: set[int]) -> set[int]:
-    """Steps that some map would need: of a GPU without a place just its own."""
+def _unary_steps(problem: Problem, rules: int) -> set[int] | None:
+    """What to relax for every GPU to have a place of its own, pairs apart; None: nothing."""
     for row in problem.gpu_broken:
         if all(bits & ~rules for bits in row):
             return set(row)
-    return steps
+    possible = (np.array(problem.gpu_broken, dtype=np.int64) & ~rules) == 0
+    if matchable(possible, [1] * possible.shape[1]):
+        return None
+    return {bits for row in problem.gpu_broken for bits in row}
+
+
+def _smallest(steps: Iterable[int], rules: int) -> list[int]:
+    """What the steps add, without those that add all that another adds and more."""
+    kept: list[int] = []
+    for added in sorted({step & ~rules for step in steps} - {0}, key=lambda b: (b.bit_count(), b)):
+        if not any(small & added == small for small in kept):
+            kept.append(added)
+    return kept

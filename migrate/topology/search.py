@@ -4,12 +4,14 @@ Given: which rules each pair (source GPU, destination GPU) would break, and whic
 and costs each pair of such pairs. Wanted: an assignment that breaks none but the allowed
 ones, of the least cost, or the proof that there is none.
 
-Three things keep it fast without losing a solution:
+It runs in stages: is there any; the least *grouping* cost (NUMA and hives); and within
+that the least *bandwidth* cost. What keeps each of them fast without losing a solution:
 
-* destination GPUs that can be swapped without anybody noticing are one *class* with a
-  capacity, and interchangeable source GPUs take classes in ascending order;
-* after each step every open GPU keeps only the classes that go with all that is placed,
-  and a bipartite matching must still exist (so 5 GPUs never try 4 places);
+* destination GPUs that can be swapped without anybody noticing in that stage are one
+  *class* with a capacity, and interchangeable source GPUs take classes in ascending order;
+* after each step every open GPU keeps only the classes that go with all that is placed
+  and with something for every other open GPU (arc consistency), and a bipartite matching
+  must still exist (so 5 GPUs never try 4 places);
 * what is placed, plus half of the cheapest that each open pair could cost as seen from
   either end, is a lower bound (Gilmore and Lawler's, without its assignment step).
 
@@ -18,33 +20,34 @@ The search is deterministic: same input, same answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 Grid = NDArray[np.int64]
-INFINITE = 1 << 56  # a sum of MAX_GPUS + 1 of them fits in 63 bits
+INFINITE = 1 << 55  # a sum of 2 * MAX_GPUS + 2 of them fits in 63 bits
 MAX_GPUS = 64  # MAX_GPU_INSTANCE of kfd_priv.h
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What to solve. Rules are bits; k source GPUs, n destination GPUs.
+    """What to solve. Rules are bits; k source GPUs, n destination GPUs, at most MAX_GPUS.
 
     ``gpu_broken[i][d]``: rules broken by i at d. ``source_joint[i][j]`` and
     ``destination_joint[d][e]``: what joins two GPUs, as an index into the rows and
-    columns of ``joint_broken`` and ``joint_cost`` (of an ordered pair; the costs of both
-    orders must be the same and are counted once; less than INFINITE in all). At most
-    MAX_GPUS GPUs a side, which is KFD's own limit.
+    columns of ``joint_broken`` (rules) and of the two costs. These are of an ordered
+    pair; both orders must tell the same, and the cost is counted once.
     """
 
     gpu_broken: Sequence[Sequence[int]]
     source_joint: Sequence[Sequence[int]]
     destination_joint: Sequence[Sequence[int]]
     joint_broken: Sequence[Sequence[int]]
-    joint_cost: Sequence[Sequence[int]]
+    joint_grouping: Sequence[Sequence[int]]
+    joint_bandwidth: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -52,35 +55,103 @@ class Solution:
     """``places[i]`` is the destination of source GPU i. ``proven``: none is cheaper."""
 
     places: tuple[int, ...]
-    cost: int
-    proven: bool
+    grouping: int = 0
+    bandwidth: int = 0
+    proven: bool = True
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """Less is better."""
+        return self.grouping, self.bandwidth
+
+
+def feasible(problem: Problem, allowed: int = 0) -> Solution | None:
+    """Some assignment that breaks only rules in *allowed*; None: proved to be none."""
+    if not problem.gpu_broken:
+        return Solution(places=())
+    if len(problem.gpu_broken) > len(problem.gpu_broken[0]):
+        return None
+    nothing = np.zeros_like(np.array(problem.joint_broken, dtype=np.int64))
+    found = _Search(_View(problem, allowed, nothing, nothing), limit=0, effort=0).run()
+    return None if found is None else Solution(places=found[0])
 
 
 def solve(problem: Problem, allowed: int = 0, effort: int | None = None) -> Solution | None:
     """The cheapest assignment that breaks only rules in *allowed*; None: proved to be none.
 
-    After *effort* steps the best one found so far is returned with ``proven`` false; a
-    None is always proven, whatever it takes.
+    After *effort* steps of a stage its best so far is taken and ``proven`` is false.
     """
-    if not problem.gpu_broken:
-        return Solution(places=(), cost=0, proven=True)
-    if len(problem.gpu_broken) > len(problem.gpu_broken[0]):
-        return None
-    return _Search(problem, allowed, effort).run()
+    first = feasible(problem, allowed)
+    if first is None or len(first.places) < 2:
+        return first
+    grouping = np.array(problem.joint_grouping, dtype=np.int64)
+    bandwidth = np.array(problem.joint_bandwidth, dtype=np.int64)
+    nothing = np.zeros_like(grouping)
+    best = _Search(_View(problem, allowed, nothing, grouping), limit=0, effort=effort).run()
+    assert best is not None
+    _, least, proven = best
+    last = _Search(_View(problem, allowed, grouping, bandwidth), limit=least, effort=effort).run()
+    assert last is not None
+    return Solution(places=last[0], grouping=least, bandwidth=last[1], proven=proven and last[2])
 
 
-def destination_classes(problem: Problem) -> list[list[int]]:
-    """Destination GPUs that can be swapped with each other, ascending, in groups."""
-    columns = list(zip(*problem.gpu_broken, strict=True))
-    return _twins(columns, problem.destination_joint)
+class _View:
+    """A problem as one stage sees it: *bounded* cost within a limit, *least* cost minimised.
+
+    Joints that make no difference to the stage are one joint, so that there are as few
+    classes as can be.
+    """
+
+    def __init__(self, problem: Problem, allowed: int, bounded: Grid, least: Grid) -> None:
+        broken = np.array(problem.joint_broken, dtype=np.int64) & ~allowed
+        self.bounded: Grid = np.where(broken != 0, INFINITE, bounded)
+        self.least: Grid = np.where(broken != 0, INFINITE, least)
+        both = np.stack([self.bounded, self.least])
+        self.rows = _renamed(
+            problem.source_joint, [both[:, r].tobytes() for r in range(len(broken))]
+        )
+        self.columns = _renamed(
+            problem.destination_joint, [both[:, :, c].tobytes() for c in range(broken.shape[1])]
+        )
+        self.shut = (np.array(problem.gpu_broken, dtype=np.int64) & ~allowed) != 0
+
+    @cached_property
+    def classes(self) -> list[list[int]]:
+        """Destination GPUs that can be swapped with each other, ascending, in groups."""
+        return _twins([column.tobytes() for column in self.shut.T], self.columns)
+
+    @cached_property
+    def source_classes(self) -> list[list[int]]:
+        """The same for the source GPUs."""
+        return _twins([row.tobytes() for row in self.shut], self.rows)
+
+    def grid(self) -> Grid:
+        """Per source GPU and class INFINITE where it can't be."""
+        heads = [group[0] for group in self.classes]
+        return np.where(self.shut[:, heads], INFINITE, 0)
+
+    def pairs(self, table: Grid) -> Grid:
+        """Cost of (i at c, j at d), INFINITE where a rule or a class of one forbids it."""
+        heads = [group[0] for group in self.classes]
+        wide = np.hstack([table, np.full((len(table), 1), INFINITE)])  # last: can't be
+        here = np.array(self.columns, dtype=np.int64)[np.ix_(heads, heads)]
+        for c, group in enumerate(self.classes):
+            here[c, c] = self.columns[group[0]][group[1]] if group[1:] else -1
+        rows = np.array(self.rows, dtype=np.int64)
+        pairs: Grid = wide[rows[:, None, :, None], here[None, :, None, :]]
+        every = np.arange(len(rows))
+        pairs[every, :, every, :] = 0
+        return pairs
 
 
-def source_classes(problem: Problem) -> list[list[int]]:
-    """The same for the source GPUs."""
-    return _twins([tuple(row) for row in problem.gpu_broken], problem.source_joint)
+def _renamed(joint: Sequence[Sequence[int]], keys: Sequence[Hashable]) -> list[list[int]]:
+    """Joints of the same key under the number of the first of them."""
+    first: dict[Hashable, int] = {}
+    new = [first.setdefault(key, index) for index, key in enumerate(keys)]
+    return [[new[x] for x in row] for row in joint]
 
 
-def _twins(unary: Sequence[tuple[int, ...]], joint: Sequence[Sequence[int]]) -> list[list[int]]:
+def _twins(unary: Sequence[Hashable], joint: Sequence[Sequence[int]]) -> list[list[int]]:
     groups: list[list[int]] = []
     for x in range(len(unary)):
         for group in groups:
@@ -102,65 +173,36 @@ def _swappable(x: int, y: int, joint: Sequence[Sequence[int]]) -> bool:
 
 @dataclass
 class _State:
-    """A node of the search tree: ``cost`` of what is placed, ``open`` rows of the grid."""
+    """A node of the search tree. Grids: per source GPU and class, cost to what is placed."""
 
     placed: dict[int, int]
-    grid: Grid  # per source GPU and class: cost to what is placed, INFINITE: not possible
+    bounded: Grid
+    least: Grid
     left: list[int]  # capacity per class
-    cost: int
+    cost: tuple[int, int] = (0, 0)  # bounded and least, of what is placed
 
 
-@dataclass
 class _Search:
-    problem: Problem
-    allowed: int
-    effort: int | None
-    classes: list[list[int]] = field(init=False)
-    steps: int = 0
-    best_cost: int = INFINITE
-    best: dict[int, int] | None = None
-    exhausted: bool = False
+    """One stage. *limit*: of the bounded cost. *effort*: steps, None: as many as it takes."""
 
-    def __post_init__(self) -> None:
-        self.classes = destination_classes(self.problem)
-        heads = [group[0] for group in self.classes]
-        unary = np.array(self.problem.gpu_broken, dtype=np.int64)[:, heads]
-        self.grid = np.where(unary & ~self.allowed, INFINITE, 0).astype(np.int64)
-        self.pairs = self._pair_costs(heads)
-        self.twin_order = self._source_order()
+    def __init__(self, view: _View, *, limit: int, effort: int | None) -> None:
+        self.limit, self.effort = limit, effort
+        self.classes = view.classes
+        self.start = view.grid()
+        self.bounded, self.least = view.pairs(view.bounded), view.pairs(view.least)
+        self.twins = {x: [y for y in g if y != x] for g in view.source_classes for x in g}
+        self.steps = 0
+        self.best: dict[int, int] | None = None
+        self.best_cost = INFINITE
+        self.exhausted = False
 
-    def _pair_costs(self, heads: list[int]) -> Grid:
-        """Cost of (i at c, j at d) for all, INFINITE where a rule forbids it."""
-        broken = np.array(self.problem.joint_broken, dtype=np.int64)
-        cost = np.array(self.problem.joint_cost, dtype=np.int64)
-        table = np.where(broken & ~self.allowed, INFINITE, cost)
-        table = np.hstack([table, np.full((table.shape[0], 1), INFINITE)])  # last: can't be
-        here = np.array(self.problem.destination_joint, dtype=np.int64)[np.ix_(heads, heads)]
-        for c, group in enumerate(self.classes):
-            inside = self.problem.destination_joint[group[0]][group[1]] if group[1:] else -1
-            here[c, c] = inside
-        rows = np.array(self.problem.source_joint, dtype=np.int64)
-        pairs: Grid = table[rows[:, None, :, None], here[None, :, None, :]].astype(np.int64)
-        every = np.arange(len(rows))
-        pairs[every, :, every, :] = 0
-        return pairs
-
-    def _source_order(self) -> dict[int, list[int]]:
-        """Per source GPU its twins; ids tell which comes first."""
-        order: dict[int, list[int]] = {}
-        for group in source_classes(self.problem):
-            for x in group:
-                order[x] = [y for y in group if y != x]
-        return order
-
-    def run(self) -> Solution | None:
-        capacity = [len(group) for group in self.classes]
-        self._visit(_State(placed={}, grid=self.grid.copy(), left=capacity, cost=0))
+    def run(self) -> tuple[tuple[int, ...], int, bool] | None:
+        """Places, least cost and whether that is proven, or None."""
+        left = [len(group) for group in self.classes]
+        self._visit(_State(placed={}, bounded=self.start, least=self.start, left=left))
         if self.best is None:
             return None
-        return Solution(
-            places=self._spread(self.best), cost=self.best_cost, proven=not self.exhausted
-        )
+        return self._spread(self.best), self.best_cost, not self.exhausted
 
     def _spread(self, chosen: dict[int, int]) -> tuple[int, ...]:
         """From classes to GPUs: ascending within a class."""
@@ -169,21 +211,19 @@ class _Search:
 
     def _visit(self, state: _State) -> None:
         self.steps += 1
-        waiting = [i for i in range(len(self.grid)) if i not in state.placed]
+        waiting = [i for i in range(len(self.start)) if i not in state.placed]
         if not waiting:
-            self.best_cost, self.best = state.cost, dict(state.placed)
+            self.best_cost, self.best = state.cost[1], dict(state.placed)
             return
-        bound = self._bound(state, waiting)
-        if bound is None or not _matchable(bound < INFINITE, state.left):
+        bound = self._bound(state, np.array(waiting))
+        if bound is None or not matchable(bound < INFINITE, state.left):
             return
-        row = min(range(len(waiting)), key=lambda r: (int((bound[r] < INFINITE).sum()), waiting[r]))
+        sizes = (bound < INFINITE).sum(axis=1)
+        row = int(sizes.argmin())
         lowest = bound.min(axis=1)
-        others = 2 * state.cost + int(lowest.sum()) - int(lowest[row])
-        values = sorted((int(v), c) for c, v in enumerate(bound[row]) if v < INFINITE)
-        for value, c in values:
-            if others + value >= 2 * self.best_cost:
-                return
-            if self._spent():
+        others = 2 * state.cost[1] + int(lowest.sum()) - int(lowest[row])
+        for value, c in sorted((int(v), c) for c, v in enumerate(bound[row]) if v < INFINITE):
+            if others + value >= 2 * self.best_cost or self._spent():
                 return
             self._visit(self._place(state, waiting[row], c))
 
@@ -194,47 +234,62 @@ class _Search:
         return self.exhausted
 
     def _place(self, state: _State, i: int, c: int) -> _State:
-        grid = np.minimum(state.grid + self.pairs[i, c], INFINITE)
+        bounded = np.minimum(state.bounded + self.bounded[i, c], INFINITE)
+        least = np.minimum(state.least + self.least[i, c], INFINITE)
         left = list(state.left)
         left[c] -= 1
         if not left[c]:
-            grid[:, c] = INFINITE
-        for twin in self.twin_order[i]:
-            if twin > i:
-                grid[twin, :c] = INFINITE
-            else:
-                grid[twin, c + 1 :] = INFINITE
+            bounded[:, c] = INFINITE
+        for twin in self.twins[i]:
+            bounded[twin, :c] = INFINITE if twin > i else bounded[twin, :c]
+            bounded[twin, c + 1 :] = INFINITE if twin < i else bounded[twin, c + 1 :]
         return _State(
             placed=state.placed | {i: c},
-            grid=grid,
+            bounded=bounded,
+            least=least,
             left=left,
-            cost=state.cost + int(state.grid[i, c]),
+            cost=(
+                state.cost[0] + int(state.bounded[i, c]),
+                state.cost[1] + int(state.least[i, c]),
+            ),
         )
 
-    def _bound(self, state: _State, waiting: list[int]) -> Grid | None:
+    def _bound(self, state: _State, rows: NDArray[np.int64]) -> Grid | None:
         """Twice the least that each open GPU adds per class, or None: a dead end.
 
-        Repeated while it still rules out classes (arc consistency).
+        INFINITE where the class is ruled out, also by the limit of the bounded cost;
+        repeated while that still rules out more.
         """
-        rows = np.array(waiting)
-        base = state.grid[rows]
-        pairs = self.pairs[rows][:, :, rows]
+        base = state.bounded[rows]
+        pairs = self.bounded[rows][:, :, rows]
+        room = 2 * (self.limit - state.cost[0])
         while True:
             possible = base < INFINITE
             if not possible.any(axis=1).all():
                 return None
-            shut = np.where(possible, 0, INFINITE)
-            nearest = np.minimum(pairs + shut[None, None], INFINITE).min(axis=3)
-            every = np.arange(len(rows))
-            nearest[every, :, every] = 0
-            bound = np.minimum(2 * base + nearest.sum(axis=2), INFINITE)
-            closed = (bound >= INFINITE) & possible
+            bound = _halves(base, pairs, possible)
+            lowest = bound.min(axis=1)
+            if lowest.max() >= INFINITE:
+                return None
+            closed = possible & (bound - lowest[:, None] + int(lowest.sum()) > room)
             if not closed.any():
-                return np.asarray(bound)
+                break
             base = np.where(closed, INFINITE, base)
+        least = np.where(possible, state.least[rows], INFINITE)
+        return _halves(least, self.least[rows][:, :, rows], possible)
 
 
-def _matchable(possible: NDArray[np.bool_], left: Sequence[int]) -> bool:
+def _halves(base: Grid, pairs: Grid, possible: NDArray[np.bool_]) -> Grid:
+    """Twice *base* and the cheapest possible place of each other open GPU beside it."""
+    shut = np.where(possible, 0, INFINITE)
+    nearest = np.minimum(pairs + shut, INFINITE).min(axis=3)
+    every = np.arange(len(base))
+    nearest[every, :, every] = 0
+    bound: Grid = np.minimum(2 * base + nearest.sum(axis=2), INFINITE)
+    return bound
+
+
+def matchable(possible: NDArray[np.bool_], left: Sequence[int]) -> bool:
     """Whether every row can have a class of its own within the capacities (Kuhn)."""
     options = [[int(c) for c in np.flatnonzero(row)] for row in possible]
     holders: list[list[int]] = [[] for _ in left]

@@ -52,24 +52,20 @@ class Decoder:
 
     def __init__(self) -> None:
         self._context = zstandard.ZstdDecompressor(max_window_size=MAX_PAYLOAD)
-        self._values = np.empty(MAX_PAYLOAD, dtype=np.uint8)
 
-    def decode(self, codec: Codec, payload: memoryview, length: int) -> memoryview:
-        """The *length* raw bytes. Raises FrameRejected if the payload gives anything else."""
-        if codec is Codec.RAW:
-            return payload
-        data = self._decompress(payload, length)
-        width = PLANES.get(codec)
-        if width is None:
-            return data
-        whole = length - length % width
-        planes = np.frombuffer(data, dtype=np.uint8)
-        out = self._values[:length]
-        out[:whole].reshape(-1, width)[:] = planes[:whole].reshape(width, -1).T
-        out[whole:] = planes[whole:]
-        return out.data
+    def decode(self, codec: Codec, payload: memoryview, into: memoryview) -> None:
+        """Fill *into* with the raw bytes.
 
-    def _decompress(self, payload: memoryview, length: int) -> memoryview:
+        Raises FrameRejected if the payload does not give exactly as many.
+        """
+        data = np.frombuffer(self._decompress(payload, len(into)), dtype=np.uint8)
+        out = np.frombuffer(into, dtype=np.uint8)
+        width = PLANES.get(codec, 1)
+        whole = len(out) - len(out) % width
+        out[:whole].reshape(-1, width)[:] = data[:whole].reshape(width, -1).T
+        out[whole:] = data[whole:]
+
+    def _decompress(self, payload: memoryview, length: int) -> bytes:
         try:
             # The content size in the zstd header is checked before anything is allocated.
             if zstandard.frame_content_size(payload) != length:
@@ -79,4 +75,4 @@ class Decoder:
             raise FrameRejected(f"compressed run is damaged: {error}") from None
         if len(data) != length:
             raise FrameRejected(f"compressed run holds {len(data)} bytes, not {length}")
-        return memoryview(data)
+        return data

@@ -260,12 +260,28 @@ class _Window:
 
     def write(self, offset: int, data: memoryview) -> None:
         with self._at(offset, len(data)) as target:
-            if self._scratch < 0:
-                self._scratch = os.memfd_create("migrate-scratch", os.MFD_CLOEXEC)
-            os.pwrite(self._scratch, data, 0)
-            done = 0
-            while done < len(data):
-                done += os.preadv(self._scratch, [target[done:]], done)
+            if not data.readonly and self._scratch < 0:
+                try:
+                    mine, theirs = address_of(data), address_of(target)
+                    _move("process_vm_writev", os.getpid(), mine, theirs, len(data))
+                except OSError as error:
+                    if error.errno != errno.EFAULT:
+                        raise
+                else:
+                    return
+            self._store_by_file(data, target)
+
+    def _store_by_file(self, data: memoryview, target: memoryview) -> None:
+        """Stores by the kernel's copy_to_user, as ``_copy_by_file`` loads."""
+        if self._scratch < 0:
+            self._scratch = os.memfd_create("migrate-scratch", os.MFD_CLOEXEC)
+        done = 0
+        while done < len(data):
+            count = os.pwrite(self._scratch, data[done:], 0)
+            put = 0
+            while put < count:
+                put += os.preadv(self._scratch, [target[done + put : done + count]], put)
+            done += count
 
     def close(self) -> None:
         if self._map is not None:

@@ -17,7 +17,6 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from migrate.dataplane import keys, messages
 from migrate.dataplane.channel import Channel, Listener
-from migrate.dataplane.chunks import DIGEST_SIZE, digest
 from migrate.dataplane.codecs import Decoder
 from migrate.dataplane.frame import (
     MAX_PAYLOAD,
@@ -36,8 +35,8 @@ from migrate.errors import (
     AgentBusy,
     Cancelled,
     FrameRejected,
+    InsufficientMemory,
     MigrateError,
-    MigrationFailed,
 )
 
 _log = logging.getLogger(__name__)
@@ -262,6 +261,14 @@ class _Connection:
         intake.run()
 
 
+class WireError(Exception):
+    """The connection failed in the middle of a frame; carries the error."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 class _Intake:
     """The frames of one authenticated connection, put into staging."""
 
@@ -272,7 +279,7 @@ class _Intake:
         self._reader = reader
         self._writer = writer
         self._connection = connection
-        self._raw = memoryview(bytearray(MAX_PAYLOAD))
+        self._packed = memoryview(bytearray(MAX_PAYLOAD))
         self._decoder = Decoder()
         self._unacked_bytes = 0
         self._unacked_frames = 0
@@ -281,16 +288,16 @@ class _Intake:
         """Until the peer ends or errs. Raises EOFError, OSError, MigrateError."""
         while True:
             prefix, meta = self._reader.next()
-            payload = self._reader.payload(prefix, self._raw) if prefix.payload_length else None
             try:
-                self._handle(prefix.kind, meta, payload)
+                self._handle(prefix, meta)
+            except WireError as error:
+                raise error.cause from error
             except MigrateError as error:
                 self.refuse(error)
                 raise
-            except OSError as error:
-                wrapped = MigrationFailed(f"staging at the destination failed: {error}")
-                self.refuse(wrapped)
-                raise wrapped from error
+            except Exception as error:  # a bug: the source must not try for ever
+                self.refuse(MigrateError(f"the destination failed: {error!r}"))
+                raise
             self._connection.placed = self._reader.sequence
             self._acknowledge(prefix)
 
@@ -302,43 +309,51 @@ class _Intake:
         except OSError as cut:
             _log.debug("could not send the refusal: %s", cut)
 
-    def _handle(self, kind: Kind, meta: bytes, payload: memoryview | None) -> None:
+    def _handle(self, prefix: Prefix, meta: bytes) -> None:
+        kind = prefix.kind
         if self._session.closed:
             raise Cancelled("the destination closed the session")
         if self._session.refusal is not None:
             raise self._session.refusal
         if kind is Kind.DATA:
-            self._store(Run.parse(meta), payload)
+            self._store(Run.parse(meta), prefix)
             return
-        if payload is not None:
+        if prefix.payload_length:
             raise FrameRejected(f"{kind.name} with a payload")
         if kind is Kind.DECLARE:
-            self._session.staging.declare(messages.parse_declare(meta))
+            self._declare(meta)
         elif kind is Kind.FORGET:
             self._session.staging.forget(messages.parse_forget(meta))
         elif kind is not Kind.SYNC:
             raise FrameRejected(f"{kind.name} is not for the destination")
 
-    def _store(self, run: Run, payload: memoryview | None) -> None:
+    def _declare(self, meta: bytes) -> None:
+        try:
+            self._session.staging.declare(messages.parse_declare(meta))
+        except OSError as error:  # ENOMEM
+            raise InsufficientMemory(f"no memory for staging: {error}") from error
+
+    def _store(self, run: Run, prefix: Prefix) -> None:
         staged = self._session.staging.get(run.object_id)
-        run.check(staged.info, len(payload) if payload is not None else 0)
-        if payload is None or run.codec is Codec.ZERO:
+        run.check(staged.info, prefix.payload_length)
+        if run.codec is Codec.ZERO:
             staged.store_zeros(run.offset, run.length)
             return
-        data = self._decoder.decode(run.codec, payload, run.length)
-        chunk = staged.info.chunk
-        found = b"".join(digest(data[at : at + chunk]) for at in range(0, run.length, chunk))
-        if found != run.digests:
-            bad = next(
-                i
-                for i in range(0, len(found), DIGEST_SIZE)
-                if found[i : i + DIGEST_SIZE] != run.digests[i : i + DIGEST_SIZE]
-            )
-            raise FrameRejected(
-                f"object {run.object_id}: the chunk at"
-                f" {run.offset + bad // DIGEST_SIZE * chunk:#x} does not match its digest"
-            )
-        staged.store(run.offset, data, run.digests)
+        target = staged.begin(run.offset, run.length)
+        if run.codec is Codec.RAW:
+            self._payload(prefix, target)
+        else:
+            packed = self._packed[: prefix.payload_length]
+            self._payload(prefix, packed)
+            self._decoder.decode(run.codec, packed, target)
+        staged.commit(run.offset, run.length, run.digests)
+
+    def _payload(self, prefix: Prefix, into: memoryview) -> None:
+        """A payload that does not open was altered on the wire: a cut, not a refusal."""
+        try:
+            self._reader.payload(prefix, into)
+        except (EOFError, OSError, FrameRejected) as error:
+            raise WireError(error) from error
 
     def _acknowledge(self, prefix: Prefix) -> None:
         self._unacked_bytes += prefix.payload_length

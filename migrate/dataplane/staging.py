@@ -1,13 +1,16 @@
-"""Where received chunks wait until their BO exists: one sparse memfd an object.
+"""Where received chunks wait until their BO exists: one sparse mapping an object.
 
-Only bytes that were authenticated and whose digest was checked are written here, so what the
-table knows is always true of the file. Chunks that are zero take no memory.
+The mapping is private anonymous memory with huge pages asked for: measured here, first touch
+of it runs at 14 GB/s, of a memfd's mapping at 1.5 and pwrite to a fresh memfd at 3. Frames are
+decrypted straight into it. Before that the chunks they cover become unknown in the table and
+known again only when frame and digests were found right, so what the table knows is always
+true of the memory. Chunks that are zero are never touched.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
+import mmap
 import threading
 from collections.abc import Iterator
 
@@ -23,66 +26,78 @@ from migrate.dataplane.chunks import (
 from migrate.dataplane.messages import ObjectInfo
 from migrate.errors import FrameRejected, InsufficientMemory, VerificationFailed
 
-PIECE = 1 << 20  # bytes moved at a time by place and verify
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
-def punch(fd: int, offset: int, length: int) -> None:
-    """Give the pages of a range back; it reads as zeros. Raises OSError."""
-    if _libc.fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, length):
-        code = ctypes.get_errno()
-        raise OSError(code, f"fallocate: {os.strerror(code)}")
+HUGE_PAGE = 2 << 20  # bytes
+PIECE = HUGE_PAGE  # moved at a time by place and verify; whole huge pages are given back
+PAGE = mmap.PAGESIZE
+_NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module lacks it
 
 
 class StagedObject:
-    """One object at the destination: its file and what is known of its chunks."""
+    """One object at the destination: its memory and what is known of its chunks."""
 
     def __init__(self, info: ObjectInfo) -> None:
         self.info = info
         self.table = ChunkTable(info.size, info.chunk)
-        self.fd = os.memfd_create(f"migrate-staging-{info.id}", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, info.size)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+        self._map = mmap.mmap(-1, -(-max(info.size, 1) // PAGE) * PAGE, flags=flags)
+        if info.size >= HUGE_PAGE:
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.memory = memoryview(self._map)[: info.size]
+        self.address = address_of(memoryview(self._map))
 
-    def store(self, offset: int, data: memoryview, digests: bytes) -> None:
-        """Keep checked bytes of whole chunks."""
+    def begin(self, offset: int, length: int) -> memoryview:
+        """Where to put the bytes of whole chunks, unknown until ``commit``."""
         first = offset // self.info.chunk
-        self.table.forget_run(first, len(digests) // DIGEST_SIZE)
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self.fd, data[done:], offset + done)
-        self.table.set_run(first, digests)
+        self.table.forget_run(first, chunk_count(length, self.info.chunk))
+        return self.memory[offset : offset + length]
+
+    def commit(self, offset: int, length: int, digests: bytes) -> None:
+        """The bytes stand, if their digests are these. Raises FrameRejected if not."""
+        data, chunk = self.memory[offset : offset + length], self.info.chunk
+        for index, at in enumerate(range(0, length, chunk)):
+            wanted = digests[index * DIGEST_SIZE : (index + 1) * DIGEST_SIZE]
+            if digest(data[at : at + chunk]) != wanted:
+                raise FrameRejected(
+                    f"object {self.info.id}: the chunk at {offset + at:#x} fails its digest"
+                )
+        self.table.set_run(offset // chunk, digests)
 
     def store_zeros(self, offset: int, length: int) -> None:
         """These whole chunks are zero."""
         first = offset // self.info.chunk
         count = chunk_count(length, self.info.chunk)
-        if any(self.table.known[first : first + count]):
-            self.table.forget_run(first, count)
-            punch(self.fd, offset, length)
+        self.table.forget_run(first, count)
+        self.release(offset, length)
         self.table.set_run(first, self.table.zero_digests(first, count))
+
+    def release(self, offset: int, length: int) -> None:
+        """Give the memory of whole chunks back; it reads as zeros (madvise(2), DONTNEED)."""
+        self._map.madvise(mmap.MADV_DONTNEED, offset, length)
 
     def is_zero(self, offset: int, length: int) -> bool:
         """Whether these whole chunks are known to be zero."""
         first, count = offset // self.info.chunk, chunk_count(length, self.info.chunk)
         held = self.table.digests[first * DIGEST_SIZE : (first + count) * DIGEST_SIZE]
-        return all(self.table.known[first : first + count]) and bytes(
-            held
-        ) == self.table.zero_digests(first, count)
+        return all(self.table.known[first : first + count]) and (
+            held == self.table.zero_digests(first, count)
+        )
+
+    @property
+    def address_range(self) -> tuple[int, int]:
+        """First address and the one after the last, to tell staging apart in smaps."""
+        return self.address, self.address + len(self._map)
 
     def close(self) -> None:
-        """Free the file. Idempotent."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        """Free the memory. Idempotent."""
+        if not self._map.closed:
+            self.memory.release()
+            self._map.close()
 
 
 class Staging:
     """All objects of one session; *quota* caps the sum of their sizes in bytes."""
 
-    def __init__(self, quota: int, *, max_objects: int = 1 << 16) -> None:
+    def __init__(self, quota: int, *, max_objects: int = 1 << 15) -> None:
         self._quota = quota
         self._max_objects = max_objects
         self._lock = threading.Lock()
@@ -131,10 +146,10 @@ class Staging:
         with self._lock:
             return tuple(o.info for o in self._objects.values())
 
-    def resident(self) -> int:
-        """Bytes of host memory that staging holds now."""
+    def address_ranges(self) -> tuple[tuple[int, int], ...]:
+        """Where staging lies in this process, for the accounting of memory."""
         with self._lock:
-            return sum(os.fstat(o.fd).st_blocks * 512 for o in self._objects.values())
+            return tuple(o.address_range for o in self._objects.values())
 
     def close(self) -> None:
         """Free everything. Idempotent; no stream of the session may be running."""
@@ -155,12 +170,11 @@ class Staging:
         staged = self._complete(object_id, target)
         buffer = memoryview(bytearray(PIECE))
         for offset, length in pieces(staged.info.size):
-            part = buffer[:length]
             if staged.is_zero(offset, length):
-                _clear(offset, part, target)
-                continue
-            _fill(staged.fd, offset, target.view(offset, length), part, target)
-            punch(staged.fd, offset, length)
+                _clear(offset, buffer[:length], target)
+            else:
+                target.write(offset, staged.memory[offset : offset + length])
+                staged.release(offset, length)
         return staged.info.size
 
     def _complete(self, object_id: int, target: MemoryAccess) -> StagedObject:
@@ -196,21 +210,6 @@ def _clear(offset: int, buffer: memoryview, target: MemoryAccess) -> None:
         target.write(offset, buffer)
 
 
-def _fill(
-    fd: int, offset: int, view: memoryview | None, buffer: memoryview, target: MemoryAccess
-) -> None:
-    """Copy a piece of the staging file into the target, by its view if it has one."""
-    into = buffer if view is None else view
-    done = 0
-    while done < len(into):
-        count = os.preadv(fd, [into[done:]], offset + done)
-        if not count:
-            raise OSError("the staging file is too short")
-        done += count
-    if view is None:
-        target.write(offset, buffer)
-
-
 def verify(info: ObjectInfo, target: MemoryAccess, expected: bytes) -> int:
     """Compare every chunk of *target* with *expected*; see ``Staging.verify``."""
     count = chunk_count(info.size, info.chunk)
@@ -235,6 +234,6 @@ def verify(info: ObjectInfo, target: MemoryAccess, expected: bytes) -> int:
 
 
 def pieces(size: int) -> Iterator[tuple[int, int]]:
-    """(offset, length) of pieces of at most 1 MiB."""
+    """(offset, length) of pieces of at most 2 MiB."""
     for offset in range(0, size, PIECE):
         yield offset, min(PIECE, size - offset)

@@ -49,16 +49,14 @@ class FrameReader:
             self._channel.receive_into(sealed)
         return prefix, self._opener.open_meta(self._prefix, sealed)
 
-    def payload(self, prefix: Prefix, into: memoryview) -> memoryview:
-        """The payload of the frame read last, opened into the start of *into*."""
+    def payload(self, prefix: Prefix, into: memoryview) -> None:
+        """Open the payload of the frame read last into *into*, of just its length."""
         if self._payload is None:
             self._payload = memoryview(bytearray(MAX_PAYLOAD + TAG))
         sealed = self._payload[: prefix.payload_length + TAG]
         with deadline(self._channel, FRAME_TIMEOUT):
             self._channel.receive_into(sealed)
-        opened = into[: prefix.payload_length]
-        self._opener.open_payload(sealed, opened)
-        return opened
+        self._opener.open_payload(sealed, into)
 
 
 class FrameWriter:

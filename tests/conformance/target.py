@@ -78,23 +78,34 @@ class Target:
 
     # ------------------------------------------------------------ what tests ask for
 
-    def start_counter(self) -> None:
-        at = self.buffers["counter"].address
-        self.queues[0].submit(Opcode.COUNTER, CounterKernargs(at, at + 8, at + 16))
+    def start_counter(self, queue: int = 0) -> None:
+        """The persistent kernel; what is behind it in the ring has to wait."""
+        at = self.buffers["counter"].address + 64 * queue
+        self.queues[queue].submit(Opcode.COUNTER, CounterKernargs(at, at + 8, at + 16))
 
-    def counter(self) -> int:
-        return self.buffers["counter"].word(0)
+    def counter(self, queue: int = 0) -> int:
+        return self.buffers["counter"].word(8 * queue)
 
-    def counter_moves(self) -> bool:
-        start = self.counter()
-        return wait_until(lambda: self.counter() > start)
+    def counter_moves(self, queue: int = 0) -> bool:
+        start = self.counter(queue)
+        return wait_until(lambda: self.counter(queue) > start)
 
-    def stop_counter(self) -> tuple[int, int]:
+    def counter_stays(self) -> bool:
+        return stays(self.counter)
+
+    def stop_counter(self, queue: int = 0) -> tuple[int, int]:
         """(counter, iterations the kernel itself counted)."""
-        index = self.queues[0].read_index
-        self.buffers["counter"].word(1, 1)
-        assert wait_until(lambda: self.queues[0].read_index > index)
-        return self.counter(), self.buffers["counter"].word(2)
+        index = self.queues[queue].read_index
+        self.buffers["counter"].word(8 * queue + 1, 1)
+        assert wait_until(lambda: self.queues[queue].read_index > index)
+        return self.counter(queue), self.buffers["counter"].word(8 * queue + 2)
+
+    def indexes(self) -> list[tuple[int, int]]:
+        """(read, write) of each queue."""
+        return [(queue.read_index, queue.write_index) for queue in self.queues]
+
+    def available(self) -> int:
+        return self.process.available(self.process.gpu_ids[0])
 
     def add(self) -> int:
         """One ADD packet over the work buffer, waited for by an event; the first word."""
@@ -209,8 +220,8 @@ def without_kfd(link: Link) -> None:
 
 def without_vm(link: Link) -> None:
     """A process that opened the device and acquired no VM."""
-    Process(link.paths, acquire=False)
-    link.say()
+    process = Process(link.paths, acquire=False)
+    link.say(process.kfd.fileno())
     link.hear()
 
 

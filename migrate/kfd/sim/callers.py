@@ -35,9 +35,18 @@ def start_time_of(pid: int) -> int:
     return int(text.rpartition(")")[2].split()[19])
 
 
-def is_thread_of(pid: int, tid: int) -> bool:
-    """Whether *tid* is a thread of the process *pid*."""
-    return Path(f"/proc/{pid}/task/{tid}").exists()
+def thread_of(pid: int, tid: int) -> int | None:
+    """The thread of *pid* that calls itself *tid*, in our pid namespace; None if none does.
+
+    (A process in a pid namespace of its own knows its threads by other numbers.)
+    """
+    if len(_status(pid).get("NSpid", "0").split()) == 1:
+        return tid if Path(f"/proc/{pid}/task/{tid}").exists() else None
+    try:
+        tasks = [int(path.name) for path in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return None
+    return next((task for task in tasks if pid_in_own_namespace(task) == tid), None)
 
 
 def may_checkpoint(pid: int) -> bool:

@@ -309,18 +309,18 @@ class _Runner:
         process = self._file.process
         if process is None:  # a render node has no ioctl of ours
             raise error(errno.ENOTTY)
-        if not callers.is_thread_of(self._caller.pid, self._caller.tid):
+        if process.dead:
             raise error(errno.EBADF)
-        ours = not process.dead and process.pid == self._caller.pid
-        if not ours and not (
-            number == _CRIU
-            and not process.dead
-            and callers.tracer_of(process.pid) == self._caller.tid
-        ):
+        if process.pid != self._caller.pid and not (number == _CRIU and self._traces(process.pid)):
             raise error(errno.EBADF)
         if number not in HANDLERS and number not in {_CRIU, _WAIT}:
             raise error(errno.EINVAL)
         return process
+
+    def _traces(self, pid: int) -> bool:
+        """ptrace_parent(lead thread) == the calling thread."""
+        thread = callers.thread_of(self._caller.pid, self._caller.tid)
+        return thread is not None and callers.tracer_of(pid) == thread
 
     def _check_capability(self) -> None:
         if not self._host.allow_unprivileged and not callers.may_checkpoint(self._caller.pid):

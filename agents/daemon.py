@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
-from migrate.dataplane.peak_memory import PeakMemorySampler
 
 from agents.config import AgentConfig
 from agents.destination import Destinations
@@ -19,6 +18,7 @@ from agents.operator_servicer import OperatorServicer
 from agents.peer_servicer import PeerServicer
 from agents.source import Sources
 from migrate.dataplane.channel import TcpListener
+from migrate.dataplane.peak_memory import PeakMemorySampler
 from migrate.dataplane.receiver import Receiver
 from migrate.engine.reexec import ReexecEngine
 from migrate.engine.seam import ProcessEngine
@@ -60,7 +60,10 @@ class Agent:
         listener = TcpListener(data_host, data_port)
         self._receiver = Receiver(listener)
         self.sources = Sources(self.host, self._dial)
-        self.destinations = Destinations(self.host, self._receiver, listener.port, self._dial)
+        data = (
+            split_address(config.data_advertise) if config.data_advertise else ("", listener.port)
+        )
+        self.destinations = Destinations(self.host, self._receiver, data, self._dial)
         self._server = grpc.server(ThreadPoolExecutor(WORKERS), options=tls.OPTIONS)
         self.port = self._serve()
 

@@ -41,11 +41,15 @@ class Destinations:
     """All migrations whose destination is this host."""
 
     def __init__(
-        self, host: Host, receiver: Receiver, data_port: int, dial: Callable[[str, str], Peer]
+        self,
+        host: Host,
+        receiver: Receiver,
+        data: tuple[str, int],
+        dial: Callable[[str, str], Peer],
     ) -> None:
         self._host = host
         self._receiver = receiver
-        self._data_port = data_port
+        self._data = data  # host (empty: the one of the control channel) and port
         self._dial = dial
         self._lock = threading.Lock()
         self._live: dict[str, DestinationMigration] = {}
@@ -64,8 +68,8 @@ class Destinations:
         needs: Needs,
         topology: Topology,
         options: Options,
-    ) -> tuple[GpuMap, int, bytes, bytes]:
-        """Check and make room. Returns GPU map, data port, session id and secret."""
+    ) -> tuple[GpuMap, tuple[str, int], bytes, bytes]:
+        """Check and make room. Returns GPU map, data address, session id, secret."""
         check_room(self._host, engine, needs, options)
         gpu_map = choose_map(self._host, topology, needs, options)
         with self._lock:
@@ -88,7 +92,7 @@ class Destinations:
                 self._receiver.close_session(session_id)
                 raise
             self._live[migration] = built
-        return gpu_map, self._data_port, session_id, secret
+        return gpu_map, self._data, session_id, secret
 
     def get(self, migration: str) -> DestinationMigration:
         """Raises UnknownMigration. That is never a refusal of a grant."""

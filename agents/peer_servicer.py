@@ -88,7 +88,7 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
         source = SourceRecord(
             name=caller.name, address=request.source_address, store_id=request.source_store_id
         )
-        gpu_map, port, session_id, secret = self._destinations.reserve(
+        gpu_map, (data_host, data_port), session_id, secret = self._destinations.reserve(
             request.migration,
             source,
             request.engine,
@@ -99,7 +99,8 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
         return peer_pb2.ReserveReply(
             store_id=self._journal.store_id,
             gpu_map=msgspec.json.encode(gpu_map),
-            data_port=port,
+            data_host=data_host,
+            data_port=data_port,
             session_id=session_id,
             session_secret=secret,
         )

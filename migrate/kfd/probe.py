@@ -70,7 +70,8 @@ def _probe(kfd_path: str, dri: str, gpus: dict[int, int]) -> int:
         raise KfdUnavailable(f"one BO was made, KFD counts {args.num_bos}, {args.num_objects}")
     rest = ctypes.sizeof(kfd_criu_process_priv_data)
     rest += args.num_devices * ctypes.sizeof(kfd_criu_device_priv_data)
-    return int(args.priv_data_size) - rest
+    size: int = args.priv_data_size
+    return size - rest
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from migrate.dataplane.memory import MmapAccess
-from migrate.kfd import uapi
 from migrate.kfd.process import Checkpointed
 from migrate.orchestrator.objects import private_data
 
+QUEUE_FORMAT_AQL = 1  # KFD_QUEUE_FORMAT_AQL of kfd_priv.h
 POINTER = 8  # bytes of a read or write pointer of an AQL queue (HSA: uint64)
 
 
@@ -22,7 +22,7 @@ def pending_packets(checkpoints: Sequence[Checkpointed]) -> int:
         max(0, written - read)
         for checkpointed in checkpoints
         for queue in private_data(checkpointed.checkpoint).queues
-        if queue.type == uapi.KFD_IOC_QUEUE_TYPE_COMPUTE_AQL
+        if queue.format == QUEUE_FORMAT_AQL
         for written, read in [
             (
                 _pointer(checkpointed, queue.write_ptr_addr),

@@ -75,7 +75,7 @@ class GrpcPeer:
         return Reservation(
             store_id=reply.store_id,
             gpu_map=_decoded(reply.gpu_map, GpuMap),
-            data_address=host,
+            data_address=reply.data_host or host,
             data_port=reply.data_port,
             session_id=reply.session_id,
             session_secret=reply.session_secret,

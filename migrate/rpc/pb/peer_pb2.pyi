@@ -30,18 +30,20 @@ class ReserveRequest(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., migration: _Optional[str] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_store_id: _Optional[str] = ..., engine: _Optional[str] = ..., needs: _Optional[bytes] = ..., topology: _Optional[bytes] = ..., options: _Optional[bytes] = ...) -> None: ...
 
 class ReserveReply(_message.Message):
-    __slots__ = ("store_id", "gpu_map", "data_port", "session_id", "session_secret")
+    __slots__ = ("store_id", "gpu_map", "data_host", "data_port", "session_id", "session_secret")
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
     GPU_MAP_FIELD_NUMBER: _ClassVar[int]
+    DATA_HOST_FIELD_NUMBER: _ClassVar[int]
     DATA_PORT_FIELD_NUMBER: _ClassVar[int]
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_SECRET_FIELD_NUMBER: _ClassVar[int]
     store_id: str
     gpu_map: bytes
+    data_host: str
     data_port: int
     session_id: bytes
     session_secret: bytes
-    def __init__(self, store_id: _Optional[str] = ..., gpu_map: _Optional[bytes] = ..., data_port: _Optional[int] = ..., session_id: _Optional[bytes] = ..., session_secret: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, store_id: _Optional[str] = ..., gpu_map: _Optional[bytes] = ..., data_host: _Optional[str] = ..., data_port: _Optional[int] = ..., session_id: _Optional[bytes] = ..., session_secret: _Optional[bytes] = ...) -> None: ...
 
 class RestoreRequest(_message.Message):
     __slots__ = ("migration", "order", "manifest")

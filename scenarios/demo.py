@@ -22,7 +22,11 @@ from scenarios.cluster import Cluster, wait_until
 
 SEED = 7
 RUN_TIMEOUT = 900.0  # seconds for a workload to end; it is killed only after that
-MOVE_AT = 0.3  # share of the steps done when the migration starts
+MOVE_AT = 0.1  # share of the steps done when the migration starts
+# Seconds to wait after each step, so that the job lasts longer than its migration: some
+# at any size, and more for the time that its memory takes to copy and to check.
+PACE = 0.004
+PACE_PER_GIB = 0.02
 
 
 class Verdict(Value):
@@ -69,14 +73,20 @@ def run(output: Output, *, vram: int, steps: int, profile: str) -> int:
         return _show(output, report, verdict)
 
 
-def workload_command(folder: Path, name: str, *, vram: int, steps: int) -> list[str]:
-    """The training loop's command line; its log and result are in *folder*."""
+def workload_command(
+    folder: Path, name: str, *, vram: int, steps: int, pace: float = 0.0
+) -> list[str]:
+    """The training loop's command line; its log and result are in *folder*.
+
+    *pace*: seconds between steps. It changes no digest.
+    """
     return [
         "-m", "scenarios.workloads.train",
         "--steps", str(steps),
         "--vram", str(vram),
         "--gpus", "2",
         "--seed", str(SEED),
+        "--pace", str(pace),
         "--log", str(folder / f"{name}.log"),
         "--result", str(folder / f"{name}.json"),
     ]  # fmt: skip
@@ -88,7 +98,14 @@ def _migrated(
     """Start the workload on a, move it to b in the middle, wait for its result."""
     log, result = cluster.folder / "moved.log", cluster.folder / "moved.json"
     workload = cluster.workload(
-        "a", workload_command(cluster.folder, "moved", vram=vram, steps=steps)
+        "a",
+        workload_command(
+            cluster.folder,
+            "moved",
+            vram=vram,
+            steps=steps,
+            pace=PACE + PACE_PER_GIB * vram / (1 << 30),
+        ),
     )
     output.note(f"Workload on a: pid {workload.pid}, filling {vram >> 20} MiB of VRAM ...")
     wait_until(

@@ -44,7 +44,7 @@ class Size(click.ParamType):
 @click.option(
     "--steps",
     type=click.IntRange(min=4),
-    default=60,
+    default=2000,
     show_default=True,
     help="Training steps; the process is moved in the middle.",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import re
@@ -77,9 +78,19 @@ def wait() -> None:
     signal.pause()
 
 
+@click.command()
+def chatty() -> None:
+    """Log at each level."""
+    logger = logging.getLogger("migrate.chatty")
+    logger.warning("bad")
+    logger.info("what")
+    logger.debug("detail")
+    logging.getLogger("some.library").info("library")
+
+
 ENTRIES = {
     name: Entry(f"{__name__}:{name}", f"Help of {name}.")
-    for name in ("good", "bad", "nest", "wait")
+    for name in ("good", "bad", "nest", "wait", "chatty")
 } | {"gone": Entry("migrate.no_such_module:x", "Not there.")}
 
 
@@ -209,6 +220,17 @@ def test_json_after_a_double_dash_is_not_the_option(capsys: Capture) -> None:
 def test_an_interrupt_has_its_code(capsys: Capture) -> None:
     assert attempt("bad", "interrupt", "--json") == Interrupted.exit_code
     assert json.loads(capsys.readouterr().out)["error"]["reason"] == "INTERRUPTED"
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [((), {"bad"}), (("-v",), {"bad", "what"}), (("-vv",), {"bad", "what", "detail", "library"})],
+)
+def test_logs_go_to_stderr(capsys: Capture, options: tuple[str, ...], shown: set[str]) -> None:
+    assert attempt("chatty", "--json", *options) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert {word for word in ("bad", "what", "detail", "library") if word in err} == shown
 
 
 # ---------------------------------------------------------------- help

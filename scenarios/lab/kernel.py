@@ -74,12 +74,15 @@ def kernel_release(layout: Layout) -> str:
 
 
 def _build_module(layout: Layout, release: str) -> None:
-    build_folder = layout.module_build
-    replace_tree(build_folder)
-    shutil.copytree(SOFTGPU, build_folder)
     source = Path("/usr/src/linux-source-6.1") / AMD
-    # amdkfd is compiled where its objects may lie: a copy, not one byte changed.
-    shutil.copytree(layout.kernel_root / str(source)[1:] / "amdkfd", build_folder / "amdkfd")
+    if not layout.done("module-folder", release):
+        # amdkfd is compiled where its objects may lie: a copy, not one byte changed.
+        replace_tree(layout.module_build)
+        layout.module_build.mkdir()
+        amdkfd = layout.kernel_root / str(source)[1:] / "amdkfd"
+        shutil.copytree(amdkfd, layout.module_build / "amdkfd")
+        layout.mark("module-folder", release)
+    _update(SOFTGPU, layout.module_build)
     debian.in_root(
         layout,
         layout.kernel_root,
@@ -89,6 +92,14 @@ def _build_module(layout: Layout, release: str) -> None:
     debian.in_root(
         layout, layout.kernel_root, "strip", "--strip-debug", "/build/softgpu.ko"
     )
+
+
+def _update(source: Path, target: Path) -> None:
+    """Copy the files that differ, so that make compiles only those."""
+    for file in source.iterdir():
+        copy = target / file.name
+        if not copy.exists() or copy.read_bytes() != file.read_bytes():
+            shutil.copyfile(file, copy)
 
 
 def _collect_modules(layout: Layout, release: str) -> None:

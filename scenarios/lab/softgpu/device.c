@@ -46,6 +46,7 @@ static const struct drm_driver soft_drm_driver = {
 	.prime_handle_to_fd = drm_gem_prime_handle_to_fd,
 	.prime_fd_to_handle = drm_gem_prime_fd_to_handle,
 	.gem_prime_import = soft_gem_import,
+	.gem_prime_mmap = drm_gem_prime_mmap,
 	.name = "amdgpu",
 	.desc = "software GPU",
 	.date = "20260101",

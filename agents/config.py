@@ -18,8 +18,8 @@ class AgentConfig(Value):
 
     ``name`` is the host's name, as in its certificate and in inventories. ``listen`` is
     host:port of the control channel (port 0: any), ``advertise`` what other agents dial,
-    ``data_listen`` the address of the chunk streams and
-    ``data_advertise`` what sources dial for them, if that differs (a forwarded port). ``root`` is the folder of a simulated
+    ``data_listen`` the address of the chunk streams and ``data_advertise`` what sources
+    dial for them, if that differs (a forwarded port). ``root`` is the folder of a simulated
     host; without it the paths are those of the machine. ``allow_from`` names the hosts
     whose agents may send processes here: none unless said.
     """

@@ -15,6 +15,8 @@ from pathlib import Path
 import grpc
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.x509.oid import NameOID
 
 from migrate.errors import (
     AgentUnreachable,
@@ -139,6 +141,49 @@ def test_a_role_that_does_not_suffice_is_refused(
     admin = issue(ca, "ada", Role.ADMIN, tmp_path)
     with connect(address, "node-a", admin, DEADLINE) as channel:
         assert ask(channel, "/x/admin") == "ada admin"
+
+
+def foreign(
+    ca: Authority, folder: Path, *attributes: tuple[x509.ObjectIdentifier, str]
+) -> TlsFiles:
+    """A certificate by our authority whose subject is not one that issue() makes."""
+    files = issue(ca, "foreign", Role.VIEWER, folder)
+    made = x509.load_pem_x509_certificate(Path(files.cert).read_bytes())
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(oid, value) for oid, value in attributes]))
+        .issuer_name(made.issuer)
+        .public_key(made.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(made.not_valid_before_utc)
+        .not_valid_after(made.not_valid_after_utc)
+        .sign(ca.key, hashes.SHA256())
+    )
+    Path(files.cert).write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    return files
+
+
+CN, OU = NameOID.COMMON_NAME, NameOID.ORGANIZATIONAL_UNIT_NAME
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        [(CN, "olga")],
+        [(OU, "admin")],
+        [(CN, "olga"), (OU, "root")],
+        [(CN, "olga"), (OU, "viewer"), (OU, "admin")],
+        [(CN, "olga"), (CN, "node-a"), (OU, "agent")],
+        [(CN, "olga"), (OU, "Admin")],
+    ],
+)
+def test_a_subject_that_is_not_one_name_and_one_role_is_nobody(
+    ca: Authority, tmp_path: Path, address: str, attributes: list[tuple[x509.ObjectIdentifier, str]]
+) -> None:
+    files = foreign(ca, tmp_path, *attributes)
+    with connect(address, "node-a", files, DEADLINE) as channel:
+        for method in ("/x/who", "/x/admin"):
+            assert ask(channel, method).startswith(CertificateRejected.reason)
 
 
 def test_the_name_is_checked_not_the_address(address: str, operator: TlsFiles) -> None:

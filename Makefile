@@ -52,7 +52,7 @@ test: $(STAMP)
 	timeout --kill-after=10 $(LIMIT) $(BIN)/python -m pytest -q -m 'not soak and not lab'
 
 demo: $(STAMP)
-	$(BIN)/migrate demo
+	$(BIN)/python -m migrate demo
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -q -m soak --timeout=3600
@@ -62,8 +62,8 @@ lab: $(STAMP)
 
 evidence: $(STAMP)
 	mkdir -p $(EVIDENCE)
-	$(BIN)/migrate demo --json > $(EVIDENCE)/demo.json
-	$(BIN)/migrate demo --vram 4GiB --json > $(EVIDENCE)/demo-4GiB.json
+	$(BIN)/python -m migrate demo --json > $(EVIDENCE)/demo.json
+	$(BIN)/python -m migrate demo --vram 4GiB --json > $(EVIDENCE)/demo-4GiB.json
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \

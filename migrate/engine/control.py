@@ -19,19 +19,25 @@ from migrate.model import ProcessRef
 
 _POLL = 0.0005  # seconds between looks at a process that is about to stop
 _SIGNAL_AGAIN = 0.05  # seconds; a signal that meets the handler's end is lost
+_SETTLE = 0.5  # seconds
 _CONTINUE_TIMEOUT = 5.0  # seconds
 _KILL_TIMEOUT = 30.0  # seconds; a process with much memory takes time to end
 
 
 def is_frozen(process: ProcessRef, marker: Marker) -> bool:
     """Whether it handed over and every thread of it is stopped."""
-    requested = marker.requested
-    if not requested or marker.handed != requested:
-        return False
-    try:
-        return procfs.all_stopped(process.pid)
-    except NoSuchProcess:
-        return False
+    deadline = time.monotonic() + _SETTLE
+    while (requested := marker.requested) and marker.handed == requested:
+        try:
+            if procfs.all_stopped(process.pid):
+                return True
+        except NoSuchProcess:
+            return False
+        # A tracer that lets go wakes its threads, and they find the stop again.
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL)
+    return False
 
 
 def freeze(process: ProcessRef, marker: Marker, timeout: float) -> None:
@@ -39,10 +45,12 @@ def freeze(process: ProcessRef, marker: Marker, timeout: float) -> None:
 
     Raises FreezeTimeout, ProcessExited, ForeignProcess; then it runs on.
     """
-    number = random.getrandbits(63) | 1
+    if is_frozen(process, marker):
+        return
     deadline = time.monotonic() + timeout
     again = 0.0
-    marker.request(number)
+    # A number of its own: what an agent before us asked for may be on its way.
+    marker.request(random.getrandbits(63) | 1)
     try:
         while not is_frozen(process, marker):
             now = time.monotonic()
@@ -50,7 +58,10 @@ def freeze(process: ProcessRef, marker: Marker, timeout: float) -> None:
                 raise ProcessExited(f"process {process.pid} ended while it was being frozen")
             if now > deadline:
                 raise FreezeTimeout(f"process {process.pid} did not hand over in {timeout:g} s")
-            if now >= again and not marker.entered:
+            if now >= again:
+                # Continued, too: it may be stopped for the freeze of an agent before us.
+                if marker.entered:
+                    send_signal(process, signal.SIGCONT)
                 send_signal(process, marker.signal)
                 again = now + _SIGNAL_AGAIN
             time.sleep(_POLL)

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import signal
 import time
 
 from migrate.engine import procfs
@@ -27,6 +28,7 @@ _PTRACE_SEIZE = 0x4206
 _PTRACE_INTERRUPT = 0x4207
 _WALL = 0x40000000
 _POLL = 0.0002  # seconds
+_SETTLE = 1.0  # seconds
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.restype = ctypes.c_long
@@ -45,6 +47,7 @@ class Stopped:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._signals: dict[int, int] = {}  # thread -> signal to deliver when let go
+        self._group_stop = False
 
     def stop(self, timeout: float) -> None:
         """Stop every thread, also those made meanwhile. *timeout* in seconds.
@@ -87,9 +90,12 @@ class Stopped:
             if time.monotonic() > deadline:
                 raise FreezeTimeout(f"thread {thread} of process {self.pid} did not stop in time")
             time.sleep(_POLL)
-        # A stop with an event is ours or a group-stop; one without has a signal to deliver.
-        if os.WIFSTOPPED(status) and not status >> 16:
+        if not os.WIFSTOPPED(status):
+            return
+        if not status >> 16:  # no event of ours: a signal was on its way, and has to arrive
             self._signals[thread] = os.WSTOPSIG(status)
+        elif os.WSTOPSIG(status) != signal.SIGTRAP:
+            self._group_stop = True
 
     def _denied(self) -> Exception:
         pid = self.pid
@@ -103,15 +109,24 @@ class Stopped:
         return PtraceDenied(f"the kernel forbids tracing process {pid}{why}")
 
     def let_go(self) -> None:
-        """Detach from every thread. Idempotent."""
-        while self._signals:
-            thread, signal = self._signals.popitem()
-            with contextlib.suppress(OSError):  # it was killed
-                self._detach(thread, signal)
+        """Detach from every thread. Idempotent.
 
-    def _detach(self, thread: int, signal: int) -> None:
+        A process that was found in group-stop is in it again when this returns: its
+        threads wake and find the stop without running any code of theirs.
+        """
+        while self._signals:
+            thread, number = self._signals.popitem()
+            with contextlib.suppress(OSError):  # it was killed
+                self._detach(thread, number)
+        deadline = time.monotonic() + _SETTLE
+        with contextlib.suppress(NoSuchProcess):
+            while self._group_stop and time.monotonic() < deadline:
+                self._group_stop = not procfs.all_stopped(self.pid)
+                time.sleep(_POLL)
+
+    def _detach(self, thread: int, number: int) -> None:
         try:
-            _ptrace(_PTRACE_DETACH, thread, signal)
+            _ptrace(_PTRACE_DETACH, thread, number)
         except OSError:
             # Not stopped: seized a moment ago. It has an interrupt coming.
             with contextlib.suppress(FreezeTimeout):

@@ -95,8 +95,7 @@ class ReexecEngine:
         if not procfs.is_alive(process):
             raise NoSuchProcess(f"process {process.pid} has ended")
         with Marker.of(process) as marker:
-            if not control.is_frozen(process, marker):
-                control.freeze(process, marker, self._freeze_timeout)
+            control.freeze(process, marker, self._freeze_timeout)
             state = marker.document()
         document = decode_document(state)
         ranges = tuple(

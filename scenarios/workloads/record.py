@@ -25,6 +25,7 @@ class Config(Value):
     pace: float = 0.0
     delay_us: int = 0
     seconds: float | None = None
+    until: str | None = None
 
 
 class Draw(Value):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import stat
 import struct
@@ -30,7 +31,7 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from migrate.engine.runtime import Runtime, view
+from migrate.engine.runtime import SIGNAL, Runtime, view
 from migrate.errors import MigrateError, UsageError
 from scenarios.workloads import contents, device, steps
 from scenarios.workloads.contents import CHUNK
@@ -57,6 +58,7 @@ class Waiter(threading.Thread):
 
     def run(self) -> None:
         """Until the process ends."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {SIGNAL})  # it is the main thread's
         while self.error is None:
             try:
                 device.wait_events(self._runtime, self._events)
@@ -167,6 +169,8 @@ class Training:
     def _is_enough(record: Record) -> bool:
         if record.config.seconds is not None:
             return time.time() - record.started >= record.config.seconds
+        if record.config.until is not None:
+            return Path(record.config.until).exists()
         return record.step >= record.config.steps
 
     def _submit(self, record: Record) -> Record:
@@ -409,6 +413,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(description="Train on the KFD ABI; the digest tells.")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seconds", type=float, help="train that long instead of --steps")
+    parser.add_argument("--until", metavar="FILE", help="train until FILE exists")
     parser.add_argument("--vram", type=size, default=64 << 20, help="of all GPUs together")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--layers", type=int, default=2)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from migrate.engine import procfs
 from migrate.engine.held import Held
 from migrate.engine.reexec import ReexecEngine
 from migrate.engine.seam import MovedBo, MovedGpu
@@ -22,6 +23,7 @@ from migrate.kfd.sysfs import read_topology
 from migrate.model import HostPaths, ProcessRef
 
 REPOSITORY = Path(__file__).parents[2]
+SIZE = ("--vram", "8MiB", "--delay-us", "300")
 PATIENCE = 60.0  # seconds; never what a test measures
 
 
@@ -75,15 +77,18 @@ def hosts(folder: Path, *names: str) -> Iterator[list[Host]]:
 
 
 class Job:
-    """A run of the training workload; ended with the test."""
+    """A run of the training workload, which trains until it is told to ``finish``."""
 
     def __init__(self, host: Host, folder: Path, name: str, *options: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._host = host
         self.log = folder / f"{name}.log"
         self.result = folder / f"{name}.json"
         self.errors = folder / f"{name}.err"
         command = [sys.executable, "-m", "scenarios.workloads.train"]
-        command += ["--log", str(self.log), "--result", str(self.result), *options]
+        self._end = folder / f"{name}.end"
+        command += ["--log", str(self.log), "--result", str(self.result)]
+        command += [*(options or ("--until", str(self._end))), *SIZE]
         environment = os.environ | {
             "MIGRATE_HOST_ROOT": str(Path(host.paths.kfd).parent),
             "MIGRATE_PTRACER": str(os.getpid()),
@@ -98,14 +103,39 @@ class Job:
         """Steps that are in the log."""
         return self.log.read_bytes().count(b"\n") if self.log.exists() else 0
 
-    def report(self, process: ProcessRef | None = None) -> dict[str, Any]:
-        """The result, once the process has ended well."""
-        if process is None:
-            code = self.popen.wait(PATIENCE)
-            assert code == 0, self.errors.read_text()
-        until(self.result.exists, f"a result ({self.errors.read_text()})")
+    def running(self, steps: int = 3) -> ProcessRef:
+        """The process, once it did so many steps (more)."""
+        wanted = self.steps + steps
+        until(lambda: self.steps >= wanted or self.popen.poll() is not None, "steps")
+        assert self.popen.poll() is None, self.errors.read_text()
+        return procfs.reference(self.popen.pid)
+
+    def moved_to(self, process: ProcessRef) -> None:
+        """It is another process now; see that it gets on (past what was in flight)."""
+        wanted = self.steps + 10
+        until(lambda: self.steps >= wanted or not procfs.is_alive(process), "steps after a move")
+        assert procfs.is_alive(process), self.errors.read_text()
+
+    def finish(self) -> dict[str, Any]:
+        """Tell it to end, and its report."""
+        self._end.touch()
+        until(
+            lambda: self.result.exists() or b"train:" in self.errors.read_bytes(),
+            f"a result ({self.errors.read_text()})",
+        )
         found: dict[str, Any] = json.loads(self.result.read_text())
         return found
+
+    def compare(self, report: dict[str, Any]) -> None:
+        """Assert that *report* is that of a twin that does as many steps and never moves."""
+        name = f"{self.log.stem}-twin"
+        with job(self._host, self.log.parent, name, "--steps", str(report["steps"])) as twin:
+            assert twin.popen.wait(PATIENCE) == 0, twin.errors.read_text()
+            expected = json.loads(twin.result.read_text())
+        for same in ("digest", "steps", "gpu_ids", "handles", "queue_ids", "event_ids"):
+            assert report[same] == expected[same], same
+        assert self.log.read_bytes() == twin.log.read_bytes()
+        assert report["fds_at_end"] == report["fds_at_start"]
 
 
 @contextlib.contextmanager

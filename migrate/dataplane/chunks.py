@@ -85,9 +85,15 @@ class ChunkTable:
         """These chunks are not known any more."""
         self.known[first : first + count] = bytes(count)
 
-    def length_of(self, index: int) -> int:
-        """Bytes of a chunk; the last may be short."""
-        return min(self.chunk, self.size - index * self.chunk)
+    def export(self, first: int, count: int) -> bytes:
+        """For STATE: a byte a chunk (1: known), then their digests."""
+        digests = self.digests[first * DIGEST_SIZE : (first + count) * DIGEST_SIZE]
+        return bytes(self.known[first : first + count] + digests)
+
+    def load(self, first: int, count: int, state: bytes) -> None:
+        """The other way."""
+        self.known[first : first + count] = state[:count]
+        self.digests[first * DIGEST_SIZE : (first + count) * DIGEST_SIZE] = state[count:]
 
     def zero_digests(self, first: int, count: int) -> bytes:
         """The digests these chunks have if all their bytes are zero."""

@@ -54,6 +54,7 @@ _DATA = struct.Struct(">IBBHQI")
 _PAIR = struct.Struct(">QQ")
 _ONE = struct.Struct(">I")
 _SEQ = struct.Struct(">Q")
+STATE_CHUNKS = 1 << 15  # chunks that one STATE frame tells of; 17 bytes each
 
 
 def _unpack(layout: struct.Struct, meta: bytes, what: str) -> tuple[int, ...]:
@@ -170,3 +171,31 @@ def parse_refuse(meta: bytes) -> tuple[str, str]:
     """Meta of REFUSE."""
     reason, _, message = meta.partition(b"\0")
     return reason.decode(errors="replace"), message.decode(errors="replace")
+
+
+def pack_state_request(streams: int) -> bytes:
+    """Meta of STATE_REQUEST: how many streams the source has; older others are ended."""
+    return _ONE.pack(streams)
+
+
+def parse_state_request(meta: bytes) -> int:
+    """Meta of STATE_REQUEST."""
+    return _unpack(_ONE, meta, "STATE_REQUEST")[0]
+
+
+def pack_state(info: ObjectInfo, first: int) -> bytes:
+    """Meta of STATE: an object and the first chunk that the payload tells of.
+
+    The payload is a byte for each chunk (1: placed), then 16 bytes of digest for each.
+    """
+    return pack_declare(info) + _SEQ.pack(first)
+
+
+def parse_state(meta: bytes, payload_length: int) -> tuple[ObjectInfo, int, int]:
+    """Meta of STATE: the object, the first chunk, and how many. Raises FrameRejected."""
+    info = parse_declare(meta[: _DECLARE.size])
+    first = _unpack(_SEQ, meta[_DECLARE.size :], "STATE")[0]
+    count, rest = divmod(payload_length, 1 + DIGEST_SIZE)
+    if rest or first + count > chunk_count(info.size, info.chunk):
+        raise FrameRejected(f"malformed STATE of object {info.id}")
+    return info, first, count

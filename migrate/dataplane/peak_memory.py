@@ -1,100 +1,145 @@
-"""How much memory an agent takes: sampled while it works, by the kernel's own accounts.
+"""The peak memory of this process and its children, without BO memory, staging apart.
 
-PSS of this process and its descendants from /proc/PID/smaps (proc(5)). Mappings of files
-that hold objects are left out: buffers (dmabufs, the simulated node's memfds) are the
-process's memory, not ours, and staging is listed apart by what its files hold.
+PSS from /proc/PID/smaps (proc_pid_smaps(5)): pages shared by several processes count in
+parts. Left out are mappings of BOs (memfds and dmabufs: they are the job's memory, not ours);
+staging is known by its addresses (:meth:`.staging.Staging.address_ranges`).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from migrate.model import Value
 
-INTERVAL = 0.25  # seconds between samples
-NOT_OURS = ("/memfd:", "/dmabuf:", "anon_inode:dmabuf", "/dev/dri/")
+INTERVAL = 0.25  # seconds
+_HEAD = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ *(.*)$")
+_BO_NAMES = ("/memfd:", "/dmabuf:", "/dev/dri/", "anon_inode:dmabuf")
+
+Ranges = tuple[tuple[int, int], ...]
 
 
-class Peak(Value):
-    """Peaks in bytes: PSS of the agent with its helpers, and memory held by staging."""
+class Memory(Value):
+    """PSS in bytes: of the agent itself, and of staging."""
 
     agent: int = 0
     staging: int = 0
 
 
-class PeakMemorySampler:
-    """Samples on a thread of its own. ``staging`` tells what staging holds in bytes."""
+def measure(smaps: Iterable[str], staging: Ranges = ()) -> Memory:
+    """The sum over one smaps file. Mappings that lie within *staging* count as such."""
+    agent = staged = 0
+    kind = ""
+    merged = merge(staging)
+    for line in smaps:
+        head = _HEAD.match(line)
+        if head is not None:
+            kind = _kind(int(head[1], 16), int(head[2], 16), head[3], merged)
+        elif line.startswith("Pss:"):
+            size = int(line.split()[1]) * 1024
+            if kind == "staging":
+                staged += size
+            elif kind == "agent":
+                agent += size
+    return Memory(agent=agent, staging=staged)
 
-    def __init__(self, staging: Callable[[], int] = lambda: 0) -> None:
+
+def _kind(start: int, end: int, name: str, staging: Ranges) -> str:
+    if any(first <= start and end <= last for first, last in staging):
+        return "staging"
+    return "bo" if name.startswith(_BO_NAMES) else "agent"
+
+
+def merge(ranges: Ranges) -> Ranges:
+    """Neighbouring ranges joined, as the kernel joins mappings of the same kind."""
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if joined and joined[-1][1] >= first:
+            joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
+        else:
+            joined.append((first, last))
+    return tuple(joined)
+
+
+def descendants(pid: int) -> list[int]:
+    """*pid* and all its living descendants (/proc/PID/task/TID/children)."""
+    found = [pid]
+    for parent in found:
+        for children in Path(f"/proc/{parent}/task").glob("*/children"):
+            try:
+                found.extend(int(child) for child in children.read_text().split())
+            except OSError:  # ended meanwhile
+                continue
+    return found
+
+
+def sample(staging: Ranges = (), *, exclude: Callable[[int], bool] = lambda pid: False) -> Memory:
+    """The memory of this process and its descendants now; *exclude* leaves a child out."""
+    agent = staged = 0
+    for pid in descendants(os.getpid()):
+        mine = pid == os.getpid()
+        if not mine and exclude(pid):
+            continue
+        try:
+            with Path(f"/proc/{pid}/smaps").open() as lines:
+                memory = measure(lines, staging if mine else ())
+        except OSError:  # ended meanwhile, or not ours
+            continue
+        agent += memory.agent
+        staged += memory.staging
+    return Memory(agent=agent, staging=staged)
+
+
+class PeakMemory:
+    """Samples on a thread of its own from ``start`` to ``stop``.
+
+    ``staging`` is asked at each sample; ``exclude`` names children that are no helpers (the
+    migrated process of a demo).
+    """
+
+    def __init__(
+        self,
+        staging: Callable[[], Ranges] = tuple,
+        *,
+        exclude: Callable[[int], bool] = lambda pid: False,
+        interval: float = INTERVAL,
+    ) -> None:
         self._staging = staging
+        self._exclude = exclude
+        self._interval = interval
+        self._ended = threading.Event()
         self._lock = threading.Lock()
-        self._peak = Peak()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="memory", daemon=True)
+        self._peak = Memory()
+        self._thread = threading.Thread(target=self._run, name="peak-memory", daemon=True)
 
     def start(self) -> None:
         """Begin to sample."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread. Idempotent."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def peak(self) -> Peak:
-        """The peaks so far, this moment included."""
-        self.sample()
+    @property
+    def peak(self) -> Memory:
+        """The highest figures so far, each for itself."""
         return self._peak
 
-    def sample(self) -> None:
-        """Look once."""
-        agent = sum(pss(pid) for pid in _tree(os.getpid()))
-        staging = self._staging()
-        with self._lock:
-            self._peak = Peak(
-                agent=max(agent, self._peak.agent), staging=max(staging, self._peak.staging)
-            )
+    def stop(self) -> Memory:
+        """A last sample, then the peaks. Idempotent."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._sample()
+        return self._peak
 
     def _run(self) -> None:
-        while not self._stop.wait(INTERVAL):
-            self.sample()
+        while not self._ended.wait(self._interval):
+            self._sample()
 
-
-def pss(pid: int) -> int:
-    """PSS in bytes of a process without the memory of objects; 0 if it is gone."""
-    total, counted = 0, True
-    try:
-        with Path(f"/proc/{pid}/smaps").open(encoding="utf-8", errors="replace") as smaps:
-            for line in smaps:
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1]) * 1024 if counted else 0
-                elif line[0] in "0123456789abcdef":
-                    name = line.split(maxsplit=5)[5:]
-                    counted = not (name and name[0].startswith(NOT_OURS))
-    except OSError:
-        return 0
-    return total
-
-
-def _tree(pid: int) -> Iterator[int]:
-    """A process and its descendants that are its helpers: those in its session."""
-    yield pid
-    try:
-        session = os.getsid(pid)
-        children = [
-            int(child)
-            for task in os.listdir(f"/proc/{pid}/task")
-            for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()
-        ]
-    except (OSError, ValueError):
-        return
-    for child in children:
-        try:
-            if os.getsid(child) == session:
-                yield from _tree(child)
-        except OSError:
-            continue
+    def _sample(self) -> None:
+        now = sample(self._staging(), exclude=self._exclude)
+        with self._lock:
+            self._peak = Memory(
+                agent=max(self._peak.agent, now.agent),
+                staging=max(self._peak.staging, now.staging),
+            )

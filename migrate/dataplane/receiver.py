@@ -92,6 +92,16 @@ class Session:
             state.placed = {e: n for e, n in state.placed.items() if e >= hello.previous}
             return state.placed.get(hello.previous, 0)
 
+    def retire(self, streams: int) -> None:
+        """End the connections of streams numbered *streams* and up: an older sender's."""
+        with self._lock:
+            old = [state for index, state in self._streams.items() if index >= streams]
+        for state in old:
+            with state.lock:
+                if state.connection is not None:
+                    state.connection.channel.abort()
+                    state.connection.ended.wait(TAKEOVER_TIMEOUT)
+
     def refuse(self, error: MigrateError) -> None:
         """Nothing more is accepted; the source is told why."""
         self.refusal = self.refusal or error
@@ -100,12 +110,7 @@ class Session:
         """End the streams and free staging. Idempotent."""
         with self._lock:
             self.closed = True
-            states = list(self._streams.values())
-        for state in states:
-            with state.lock:
-                if state.connection is not None:
-                    state.connection.channel.abort()
-                    state.connection.ended.wait(TAKEOVER_TIMEOUT)
+        self.retire(0)
         self.staging.close()
 
 
@@ -216,11 +221,11 @@ class _Connection:
                 self._known()
             self._serve(session, hello, nonces, placed)
         except (EOFError, OSError) as error:
-            _log.debug("data connection ended: %r", error)
+            _log.debug("data connection ended: %s", repr(error))
         except MigrateError as error:
             if session is not None:
                 session.rejected += 1
-            _log.warning("data connection dropped: %s", error)
+            _log.warning("data connection dropped: %s", str(error))
         except Exception:
             _log.exception("data connection dropped by a bug")
         finally:
@@ -324,6 +329,10 @@ class _Intake:
             self._declare(meta)
         elif kind is Kind.FORGET:
             self._session.staging.forget(messages.parse_forget(meta))
+        elif kind is Kind.STATE_REQUEST:
+            self._session.retire(max(1, messages.parse_state_request(meta)))
+            for info, first, state in self._session.staging.state():
+                self._writer.write(Kind.STATE, messages.pack_state(info, first), state)
         elif kind is not Kind.SYNC:
             raise FrameRejected(f"{kind.name} is not for the destination")
 
@@ -359,6 +368,6 @@ class _Intake:
         self._unacked_bytes += prefix.payload_length
         self._unacked_frames += 1
         due = self._unacked_bytes >= ACK_BYTES or self._unacked_frames >= ACK_FRAMES
-        if due or prefix.kind is Kind.SYNC:
+        if due or prefix.kind in (Kind.SYNC, Kind.STATE_REQUEST):
             self._writer.write(Kind.ACK, messages.pack_ack(self._connection.placed))
             self._unacked_bytes = self._unacked_frames = 0

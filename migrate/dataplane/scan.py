@@ -38,6 +38,7 @@ class SpanScan:
         self._span = span
         self._end = span.offset + span.length
         self._done = span.offset  # all before it was given to the sink or needs no sending
+        self._fresh_from = span.fresh_from  # chunks from here on are not counted yet
         self._zero_from = self._zero_to = -1  # zero chunks not yet declared
 
     def run(self) -> None:
@@ -58,14 +59,13 @@ class SpanScan:
             object_id=self._span.object_id,
             offset=self._done,
             length=self._end - self._done,
-            again=self._span.again,
+            fresh_from=self._fresh_from,
         )
 
     def _piece(self, offset: int, piece: memoryview, address: int) -> None:
         source, chunk = self._source, self._source.info.chunk
         run_from = -1  # changed chunks not yet sent
         run_digests = bytearray()
-        changed = zero = 0
         for at in range(0, len(piece), chunk):
             part = piece[at : at + chunk]
             index = (offset + at) // chunk
@@ -73,8 +73,7 @@ class SpanScan:
             found = source.seen.zero_digests(index, 1) if is_zero else digest(part)
             source.seen.set_run(index, found)
             differs = source.held.get(index) != found
-            if differs:
-                changed += len(part)
+            self._count(offset + at, len(part), differs, is_zero)
             if differs and not is_zero:
                 if run_from < 0:
                     run_from = at
@@ -84,19 +83,17 @@ class SpanScan:
                 self._send_run(offset + run_from, piece[run_from:at], run_digests)
                 run_from, run_digests = -1, bytearray()
             if differs:
-                zero += len(part)
                 self._zero(offset + at, len(part))
         if run_from >= 0:
             self._send_run(offset + run_from, piece[run_from:], run_digests)
-        self._piece_done(offset + len(piece), len(piece), changed, zero)
-
-    def _piece_done(self, end: int, length: int, changed: int, zero: int) -> None:
         if self._zero_from < 0:
-            self._done = end
-        if not self._span.again:
-            self._sink.round.counters.add(
-                scanned=length, changed=changed, unchanged=length - changed, zero=zero
-            )
+            self._done = offset + len(piece)
+
+    def _count(self, offset: int, length: int, differs: bool, is_zero: bool) -> None:
+        if offset < self._fresh_from:
+            return
+        self._fresh_from = offset + length
+        self._sink.round.counters.scanned(length, differs, is_zero)
 
     def _send_run(self, offset: int, raw: memoryview, digests: bytearray) -> None:
         self._flush_zeros()

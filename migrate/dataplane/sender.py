@@ -18,7 +18,7 @@ from migrate.dataplane.pacer import Pacer
 from migrate.dataplane.source import Progress, Round, SourceObject
 from migrate.dataplane.stats import RoundStats
 from migrate.dataplane.stream import MIN_WINDOW, Refusal, SourceStream, StreamOptions
-from migrate.errors import VerificationFailed
+from migrate.errors import FrameRejected, StreamBroken, VerificationFailed
 
 EpochSource = Callable[[], int]
 PROGRESS_INTERVAL = 0.1  # seconds
@@ -55,6 +55,7 @@ class Sender:
             window=max(window, MIN_WINDOW),
             reconnect_timeout=reconnect_timeout,
         )
+        self._reconnect_timeout = reconnect_timeout
         pacer = Pacer(bandwidth_limit)
         chooser = chooser or Chooser()
         lock = threading.Lock()
@@ -105,6 +106,27 @@ class Sender:
         since = began - self._last_began if self._last_began is not None else 0.0
         self._last_began = began
         return round_.counters.stats(time.monotonic() - began, since)
+
+    def resume(self, cancel: threading.Event | None = None) -> None:
+        """For a sender made anew for a session under way: learn what the destination holds.
+
+        What it states is not sent again where it is still the same. Raises as ``send_round``.
+        """
+        deadline = time.monotonic() + self._reconnect_timeout
+        while True:
+            self._run(Round([], [], cancel or threading.Event()), None)  # opens every stream
+            try:
+                for info, first, count, state in self._streams[0].state(len(self._streams)):
+                    self._source(info).held.load(first, count, state)
+                return
+            except Refusal as refusal:
+                raise refusal.error from None
+            except (OSError, EOFError, FrameRejected) as error:
+                self._streams[0].close()
+                if time.monotonic() > deadline:
+                    raise StreamBroken(
+                        f"the destination does not state what it holds: {error}"
+                    ) from error
 
     def _source(self, info: ObjectInfo) -> SourceObject:
         if info.id in self._dropped:

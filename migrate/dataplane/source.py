@@ -32,13 +32,13 @@ class SourceObject:
 class Span(Value):
     """Whole chunks of an object to scan: *length* bytes from *offset*.
 
-    ``again`` if they were counted before and lost in a cut.
+    Chunks below ``fresh_from`` were counted before and lost in a cut.
     """
 
     object_id: int
     offset: int
     length: int
-    again: bool = False
+    fresh_from: int = 0
 
 
 class Forget(Value):

@@ -9,6 +9,7 @@ true of the memory. Chunks that are zero are never touched.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import threading
@@ -23,7 +24,7 @@ from migrate.dataplane.chunks import (
     digest,
     is_zero_at,
 )
-from migrate.dataplane.messages import ObjectInfo
+from migrate.dataplane.messages import STATE_CHUNKS, ObjectInfo
 from migrate.errors import FrameRejected, InsufficientMemory, VerificationFailed
 
 HUGE_PAGE = 2 << 20  # bytes
@@ -88,10 +89,16 @@ class StagedObject:
         return self.address, self.address + len(self._map)
 
     def close(self) -> None:
-        """Free the memory. Idempotent."""
+        """Free the memory. Idempotent.
+
+        A view that somebody still holds (a stream about to fail, an error's traceback) keeps
+        the address range, not the memory.
+        """
         if not self._map.closed:
-            self.memory.release()
-            self._map.close()
+            self._map.madvise(mmap.MADV_DONTNEED)
+            with contextlib.suppress(BufferError):
+                self.memory.release()
+                self._map.close()
 
 
 class Staging:
@@ -145,6 +152,15 @@ class Staging:
         """What was declared and not forgotten."""
         with self._lock:
             return tuple(o.info for o in self._objects.values())
+
+    def state(self) -> Iterator[tuple[ObjectInfo, int, bytes]]:
+        """What is placed, in parts: object, first chunk, ``ChunkTable.export``."""
+        with self._lock:
+            staged = list(self._objects.values())
+        for one in staged:
+            for first in range(0, one.table.count, STATE_CHUNKS):
+                count = min(STATE_CHUNKS, one.table.count - first)
+                yield one.info, first, one.table.export(first, count)
 
     def address_ranges(self) -> tuple[tuple[int, int], ...]:
         """Where staging lies in this process, for the accounting of memory."""

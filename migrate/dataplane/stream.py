@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from migrate.dataplane import keys, messages
 from migrate.dataplane.channel import Channel, never
@@ -25,9 +25,10 @@ from migrate.dataplane.frame import (
     Kind,
     Lane,
     Opener,
+    Prefix,
     Sealer,
 )
-from migrate.dataplane.messages import Codec, Run
+from migrate.dataplane.messages import Codec, ObjectInfo, Run
 from migrate.dataplane.pacer import Pacer
 from migrate.dataplane.scan import SpanScan
 from migrate.dataplane.source import Forget, Item, Round, SourceObject, Span
@@ -192,15 +193,38 @@ class SourceStream:
         return placed
 
     def _receive(self, wanted: Kind) -> bytes:
-        """The meta of the next frame. Raises what the destination refuses with."""
-        prefix, meta = self._reader.next()
-        if prefix.kind is Kind.REFUSE:
-            reason, message = messages.parse_refuse(meta)
-            error = by_reason(reason)(message)
-            raise Refusal(error)
+        """The meta of the next frame, which is to be of one kind."""
+        prefix, meta = self._next_frame()
         if prefix.kind is not wanted:
             raise FrameRejected(f"{prefix.kind.name} came where {wanted.name} is due")
         return meta
+
+    def _next_frame(self) -> tuple[Prefix, bytes]:
+        """Raises what the destination refuses with, as a Refusal."""
+        prefix, meta = self._reader.next()
+        if prefix.kind is Kind.REFUSE:
+            reason, message = messages.parse_refuse(meta)
+            raise Refusal(by_reason(reason)(message))
+        return prefix, meta
+
+    def state(self, streams: int) -> Iterator[tuple[ObjectInfo, int, int, bytes]]:
+        """What the destination holds, of whatever sender: object, first chunk, count, export.
+
+        To be read to its end, on an open stream with nothing in flight. Raises OSError,
+        EOFError, FrameRejected.
+        """
+        assert self._channel is not None
+        self._send(Kind.STATE_REQUEST, messages.pack_state_request(streams), b"", None)
+        while self._pending:
+            with deadline(self._channel, ANSWER_TIMEOUT):
+                prefix, meta = self._next_frame()
+                if prefix.kind is not Kind.STATE:
+                    self._settle(messages.parse_ack(meta))
+                    continue
+                info, first, count = messages.parse_state(meta, prefix.payload_length)
+                payload = bytearray(prefix.payload_length)
+                self._reader.payload(prefix, memoryview(payload))
+            yield info, first, count, bytes(payload)
 
     # ------------------------------------------------------------ acknowledgement
 
@@ -326,7 +350,7 @@ class SourceStream:
         first, count = offset // chunk, chunk_count(length, chunk)
         source.held.forget_run(first, count)
         run = Run(object_id=source.info.id, codec=Codec.ZERO, offset=offset, length=length)
-        item = Span(object_id=source.info.id, offset=offset, length=length, again=True)
+        item = counted(source, offset, length)
         self._send_data(source, run, b"", item, source.held.zero_digests(first, count))
         self.round.counters.sent(Codec.ZERO, length, 0)
 
@@ -338,11 +362,17 @@ class SourceStream:
         run = Run(
             object_id=source.info.id, codec=codec, offset=offset, length=len(raw), digests=digests
         )
-        item = Span(object_id=source.info.id, offset=offset, length=len(raw), again=True)
+        item = counted(source, offset, len(raw))
         began = time.monotonic()
         self._send_data(source, run, payload, item, digests)
         self._chooser.sent(len(payload), time.monotonic() - began)
         self.round.counters.sent(codec, len(raw), len(payload))
+
+
+def counted(source: SourceObject, offset: int, length: int) -> Span:
+    """A range to do again if its frame is lost."""
+    end = offset + length
+    return Span(object_id=source.info.id, offset=offset, length=length, fresh_from=end)
 
 
 class Refusal(Exception):

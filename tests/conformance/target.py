@@ -257,10 +257,11 @@ def adopt_restored(process: Process, image: Image, layout: Layout, done: raw.Res
     target = Target(process)
     for name, buffer in layout.buffers.items():
         number, offset = offsets[buffer.address]
+        memory = None
         if buffer.flags & (VRAM | GTT):
             gpu = actual_of[image.bo(number).gpu_id]
-            buffer = replace(buffer, memory=process.render[gpu].mmap(offset, buffer.size))
-        target.buffers[name] = buffer
+            memory = process.render[gpu].mmap(offset, buffer.size)
+        target.buffers[name] = replace(buffer, memory=memory)
     process.pointers = target.buffers["pointers"]
     process.kernargs = target.buffers["kernargs"]
     process.signals = target.buffers["signals"]

@@ -159,7 +159,8 @@ class Host:
                 device.doorbells = None
         process.events.close()
         os.close(process.pidfd)
-        shutil.rmtree(self.process_folder(process), ignore_errors=True)
+        if process.pid not in self.processes:  # the number may have been given anew
+            shutil.rmtree(self.process_folder(process), ignore_errors=True)
         self.changed.notify_all()
 
     def wait_engines(self, process: SimProcess) -> None:

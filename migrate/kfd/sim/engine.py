@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 POLL_BUSY = 0.0002  # seconds between looks at the doorbells while there was work lately
 POLL_STEPPING = 0.001  # between two steps of kernels that run for ever
 POLL_IDLE = 0.005
+POLL_ASLEEP = 0.02
 LATELY = 0.05
+LONG_AGO = 2.0
 PACKETS_AT_ONCE = 64  # of one queue, before another one's turn
 
 
@@ -90,7 +92,8 @@ class Engine(threading.Thread):
         if stepping:
             time.sleep(POLL_STEPPING)
         else:
-            time.sleep(POLL_BUSY if lately < LATELY else POLL_IDLE)
+            asleep = POLL_IDLE if lately < LONG_AGO else POLL_ASLEEP
+            time.sleep(POLL_BUSY if lately < LATELY else asleep)
 
     def _mapped_queues(self) -> list[Queue]:
         if self._gpu.hws_hang:

@@ -183,9 +183,11 @@ class Server:
         if file.gpu is None:
             return self._find_kfd_memory(caller, offset, length), 0
         for start, bo in file.gpu.mmap_offsets.items():
-            if start <= offset < start + bo.size and bo.owner.drm_file is file:
-                if bo.backing is None:
+            if start <= offset < start + bo.size:
+                if bo.owner.drm_file is not file:  # drm_vma_node_is_allowed()
                     raise error(errno.EACCES)
+                if bo.backing is None:  # a userptr
+                    raise error(errno.EPERM)
                 if offset + length > start + bo.size:
                     raise error(errno.EINVAL)
                 return bo.backing, offset - start

@@ -1,0 +1,305 @@
+"""What only the simulated node has: drills, its own options, its own protocol."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from migrate.errors import FrameRejected
+from migrate.kfd import uapi
+from migrate.kfd.file import open_device
+from migrate.kfd.sim import transport
+from migrate.kfd.sim.aql import HEADER_BARRIER, PACKET_SIZE, PacketType, barrier_and_packet
+from migrate.kfd.sim.faults import Fault
+from migrate.kfd.sim.opcodes import CounterKernargs, DelayKernargs, Opcode
+from migrate.kfd.sysfs import read_topology
+from tests.conformance import image as raw
+from tests.conformance.hosts import DEADLINE, Host, Link, simulated_host
+from tests.conformance.kit import PAGE, RING, Process
+from tests.conformance.target import stays, target, wait_until
+from tests.conformance.test_restore import frozen
+from tests.conformance.tracer import held
+
+
+@pytest.fixture(scope="module")
+def _node() -> Iterator[Host]:
+    with simulated_host("--allow-unprivileged", "--kfd-minor", "12") as host:
+        yield host
+
+
+@pytest.fixture
+def node(_node: Host) -> Iterator[Host]:
+    yield _node
+    _node.end_children()
+
+
+# ---------------------------------------------------------------- packets
+
+
+def _barrier(link: Link) -> list[object]:
+    p = Process(link.paths)
+    p.prepare_queues()
+    gpu = p.gpu_ids[0]
+    waiting, helper = p.create_queue(gpu, 0), p.create_queue(gpu, 1)
+    signal = p.signal(1)
+    packet = barrier_and_packet(header=PacketType.BARRIER_AND | HEADER_BARRIER)
+    packet.dep_signal[2] = signal
+    waiting.ring.write(0, bytes(packet))
+    p.pointers.word(1, 1)
+    waiting.ring_doorbell(1)
+    blocked = stays(lambda: waiting.read_index)
+    helper.submit(Opcode.NOP, None, signal)
+    return [blocked, wait_until(lambda: waiting.read_index == 1)]
+
+
+def test_a_barrier_waits_for_its_signals(node: Host) -> None:
+    assert node.run(_barrier) == [True, True]
+
+
+def _illegal(link: Link) -> list[int]:
+    p = Process(link.paths)
+    p.prepare_queues()
+    gpu = p.gpu_ids[0]
+    queue, other = p.create_queue(gpu, 0), p.create_queue(gpu, 1)
+    event = p.create_event(uapi.KFD_IOC_EVENT_HW_EXCEPTION)
+    queue.submit(0xBAD, None)
+    result = p.wait([event])
+    other.submit(Opcode.NOP, None)
+    assert wait_until(lambda: other.read_index == 1)
+    return [result, queue.read_index]
+
+
+def test_an_illegal_instruction_stops_its_queue_only(node: Host) -> None:
+    assert node.run(_illegal) == [uapi.KFD_IOC_WAIT_RESULT_COMPLETE, 0]
+
+
+def _wrap(link: Link) -> int:
+    p = Process(link.paths)
+    p.prepare_queues()
+    queue = p.create_queue(p.gpu_ids[0], 0)
+    count = 3 * RING // PACKET_SIZE
+    for index in range(count):
+        assert wait_until(lambda: queue.write_index - queue.read_index < RING // PACKET_SIZE)
+        queue.submit(Opcode.NOP, None)
+        assert queue.write_index == index + 1
+    return count if wait_until(lambda: queue.read_index == count) else -1
+
+
+def test_a_ring_wraps(node: Host) -> None:
+    assert node.run(_wrap) == 3 * RING // PACKET_SIZE
+
+
+def _without_save_area(link: Link) -> list[int]:
+    p = Process(link.paths)
+    p.prepare_queues()
+    gpu = p.gpu_ids[0]
+    ring = p.alloc(gpu, RING, p.pointers.flags)
+    args = p.queue_args(gpu, ring, 0)
+    args.ctx_save_restore_address = args.ctl_stack_size = 0
+    p.kfd.ioctl(uapi.AMDKFD_IOC_CREATE_QUEUE, args)
+    from tests.conformance.kit import DOORBELL_SLICE, Queue  # noqa: PLC0415
+
+    offset = args.doorbell_offset & ~(DOORBELL_SLICE - 1)
+    p.doorbells[gpu] = p.kfd.mmap(offset, DOORBELL_SLICE)
+    counter = p.start_counter(Queue(p, gpu, ring, args), gpu)
+    assert wait_until(lambda: counter.word(0) > 0)
+    return [raw.errno_of(p.kfd, op) for op in (0, uapi.KFD_CRIU_OP_UNPAUSE)]
+
+
+def test_a_wave_that_can_not_be_saved_hangs_the_scheduler() -> None:
+    with simulated_host("--allow-unprivileged") as host:
+        assert host.run(_without_save_area) == [errno.ETIME, errno.EINVAL]
+
+
+def _delayed(link: Link) -> None:
+    p = Process(link.paths)
+    p.prepare_queues()
+    queue = p.create_queue(p.gpu_ids[0], 0)
+    queue.submit(Opcode.DELAY, DelayKernargs(3_600_000_000))
+    link.say()
+    link.hear()
+
+
+def test_a_delay_is_evicted_at_once_and_its_rest_travels(node: Host) -> None:
+    from migrate.kfd import privdata  # noqa: PLC0415
+
+    child = node.spawn(_delayed)
+    child.hear()
+
+    def stack() -> bytes:
+        image = frozen(node, child)
+        found = privdata.decode(
+            image.priv_data, len(image.devices), len(image.bos), image.num_objects
+        )
+        with held(child.pid, node.paths) as file:
+            raw.unpause(file)
+        return found.queues[0].ctl_stack
+
+    assert wait_until(lambda: b"WAVE" in stack())
+
+
+# ---------------------------------------------------------------- dmabufs
+
+
+def _import(link: Link) -> list[int]:
+    p = Process(link.paths)
+    p.prepare_queues()
+    gpu, peer = p.gpu_ids
+    source = p.alloc(gpu, PAGE)
+    export = uapi.kfd_ioctl_export_dmabuf_args(handle=source.handle, flags=os.O_CLOEXEC)
+    p.kfd.ioctl(uapi.AMDKFD_IOC_EXPORT_DMABUF, export)
+    info = uapi.kfd_ioctl_get_dmabuf_info_args(dmabuf_fd=export.dmabuf_fd)
+    p.kfd.ioctl(uapi.AMDKFD_IOC_GET_DMABUF_INFO, info)
+    address = 0x700000000
+    args = uapi.kfd_ioctl_import_dmabuf_args(
+        va_addr=address, gpu_id=peer, dmabuf_fd=export.dmabuf_fd
+    )
+    p.kfd.ioctl(uapi.AMDKFD_IOC_IMPORT_DMABUF, args)
+    imported = type(source)(args.handle, address, PAGE, 0, 0)
+    p.map(imported, [peer])
+    queue = p.create_queue(peer, 0)
+    queue.submit(Opcode.COUNTER, CounterKernargs(address, address + 8, 0))
+    moved = wait_until(lambda: source.word(0) > 0)
+    source.word(1, 1)
+    os.close(export.dmabuf_fd)
+    return [int(info.size), int(info.gpu_id) - gpu, int(moved)]
+
+
+def test_an_imported_dmabuf_is_the_same_memory(node: Host) -> None:
+    assert node.run(_import) == [PAGE, 0, 1]
+
+
+# ---------------------------------------------------------------- drills and options
+
+
+def test_a_stalled_process_info_lets_others_work(node: Host) -> None:
+    child, other = node.spawn(target), node.spawn(target)
+    child.hear()
+    other.hear()
+    node.arm(Fault.PROCESS_INFO_STALL, 0.5)
+    stalled = node.spawn(_pause, child.pid)
+    assert other.ask(("add",)) == 7
+    assert stalled.hear() >= 0.5
+
+
+def _pause(link: Link, pid: int) -> float:
+    with held(pid, link.paths) as file:
+        start = time.monotonic()
+        raw.process_info(file)
+        spent = time.monotonic() - start
+        raw.unpause(file)
+    return spent
+
+
+def test_two_hosts_have_other_gpu_ids() -> None:
+    with simulated_host("--slot-offset", "1") as one, simulated_host("--slot-offset", "2") as two:
+        assert not set(one.gpu_ids) & set(two.gpu_ids)
+
+
+def _visible(link: Link) -> int:
+    link.hear()
+    process = Process(link.paths, acquire=False)
+    args = uapi.kfd_ioctl_get_process_apertures_new_args()
+    process.kfd.ioctl(uapi.AMDKFD_IOC_GET_PROCESS_APERTURES_NEW, args)
+    return int(args.num_of_nodes)
+
+
+def test_a_device_file_hides_gpus_from_a_process(node: Host) -> None:
+    child = node.spawn(_visible)
+    folder = Path(node.paths.run) / "devices"
+    folder.mkdir(exist_ok=True)
+    (folder / str(child.pid)).write_text("129\n")
+    child.say()
+    assert child.hear() == 1
+
+
+def test_vram_use_is_in_sysfs(node: Host) -> None:
+    child = node.spawn(target)
+    child.hear()
+    minor = read_topology(node.paths.kfd_sysfs).gpus[0].drm_render_minor
+    used = Path(node.paths.drm_sysfs) / f"renderD{minor}" / "device" / "mem_info_vram_used"
+    before = int(used.read_text())
+    child.ask(("alloc_vram", 1 << 20))
+    assert int(used.read_text()) == before + (1 << 20)
+    child.kill()
+    assert wait_until(lambda: int(used.read_text()) < before)
+
+
+def test_a_node_ends_with_its_parent_and_clients_see_enodev(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    command = [sys.executable, "-m", "migrate.kfd.sim", "--root", str(tmp_path)]
+    node = subprocess.Popen(
+        [*command, "--profile", "mi210x2", "--parent-fd", str(read)],
+        pass_fds=[read],
+        stdout=subprocess.PIPE,
+    )
+    assert node.stdout is not None
+    assert node.stdout.readline() == b"READY\n"
+    os.close(read)
+    kfd = open_device(str(tmp_path / "kfd"))
+    os.close(write)
+    assert node.wait(DEADLINE) == 0
+    node.stdout.close()
+    with pytest.raises(OSError, match="gone") as failure:
+        kfd.ioctl(uapi.AMDKFD_IOC_GET_VERSION, uapi.kfd_ioctl_get_version_args())
+    assert failure.value.errno == errno.ENODEV
+    kfd.close()
+    assert not (tmp_path / "kfd").exists()
+
+
+def test_an_unknown_profile_is_told(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "migrate.kfd.sim", "--root", tmp_path, "--profile", "no"],
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert b"mi210x2" in done.stderr
+
+
+# ---------------------------------------------------------------- the protocol
+
+
+def test_garbage_ends_the_connection_and_nothing_else(node: Host) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as rude:
+        rude.connect(node.paths.kfd)
+        rude.send(b"hello")
+        rude.settimeout(DEADLINE)
+        assert rude.recv(1) == b""
+    child = node.spawn(target)
+    child.hear()
+    assert child.ask(("add",)) == 7
+
+
+@pytest.mark.parametrize("size", [0, 100, transport.INLINE, transport.INLINE + 1, 1 << 20])
+@pytest.mark.parametrize("count", [0, 1, transport.FDS_PER_PACKET + 1])
+def test_messages_arrive_whole(size: int, count: int) -> None:
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with left, right:
+        payload = os.urandom(size)
+        transport.send_message(left, payload, [left.fileno()] * count)
+        got, fds = transport.receive_message(right)
+        assert got == payload
+        assert len(fds) == count
+        for fd in fds:
+            assert not os.get_inheritable(fd)
+            os.close(fd)
+
+
+def test_a_message_that_is_none_is_rejected() -> None:
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with left, right:
+        left.send(b"x" * 64)
+        with pytest.raises(FrameRejected):
+            transport.receive_message(right)
+        left.shutdown(socket.SHUT_WR)
+        with pytest.raises(ConnectionResetError):
+            transport.receive_message(right)

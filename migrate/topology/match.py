@@ -41,6 +41,7 @@ VISIBLE_GPUS = "visible-gpus"  # no rule to relax: RESTORE wants the same number
 GPU_MAP = "gpu-map"  # the caller's own --gpu-map
 
 _NUMA_SHIFT = 12  # at most 2016 pairs of 64 GPUs
+ALL_RULES = (1 << len(RULES)) - 1
 _OVERRIDE = 1 << len(RULES)  # a bit that nothing relaxes
 
 
@@ -69,7 +70,8 @@ class MatchResult(Value):
 
     ``relaxed`` are the rules that the map breaks, all allowed by the caller. ``refusals``
     come with no map only; the first are those of the map that needs the fewest
-    relaxations, which ``advice`` names. ``show`` are the destination's gpu_ids that the
+    relaxations, which ``advice`` names (the fewest: up to 10 GPUs; with more it may be a
+    set of which none can be left out). ``show`` are the destination's gpu_ids that the
     process must see and no others; ``subset`` tells that the destination has more, so
     that a device cgroup has to hide the rest. ``proven`` is false where a cheaper map
     was not ruled out within the effort limit.
@@ -308,7 +310,7 @@ def _success(case: Case, found: Solution) -> MatchResult:
 
 
 def _failure(case: Case) -> MatchResult:
-    nearest = mildest(case.problem, (1 << len(RULES)) - 1)
+    nearest = mildest(case.problem, ALL_RULES, quick=True)
     refusals: dict[tuple[str, str, str], Refusal] = {}
     advice: tuple[str, ...] = ()
     if nearest is not None:

@@ -12,9 +12,14 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from migrate.topology.search import Problem, Solution, feasible, matchable, solve
+from migrate.topology.search import Effort, Problem, Solution, feasible, matchable, solve
 
-_EFFORT = 20_000
+# Steps spent on proving that no cheaper map exists: half a second for 16 GPUs a side. Up to
+# _SMALL GPUs there is no limit, because the proof always comes soon.
+_EFFORT = 3_000
+_SMALL = 10
+_TRIES = 40
+_LARGE = 1024  # pairs of a source and a destination GPU; a table of their pairs is 4 MiB
 
 
 def cheapest(problem: Problem, allowed: int) -> Solution | None:
@@ -24,22 +29,41 @@ def cheapest(problem: Problem, allowed: int) -> Solution | None:
     """
     best: Solution | None = None
     size = 0
+    effort = None
+    if problem.gpu_broken and len(problem.gpu_broken[0]) > _SMALL:
+        effort = Effort(_EFFORT)
     for rules in _candidates(problem, allowed):
         if best is not None and rules.bit_count() > size:
             break
-        found = solve(problem, rules, _EFFORT)
+        found = solve(problem, rules, effort)
         if found is not None and (best is None or found.cost < best.cost):
             best, size = found, rules.bit_count()
     return best
 
 
-def mildest(problem: Problem, allowed: int) -> Solution | None:
-    """A map that breaks the fewest rules; of several smallest sets the mildest (last in order)."""
-    for rules in _candidates(problem, allowed):
+def mildest(problem: Problem, allowed: int, *, quick: bool = False) -> Solution | None:
+    """A map that breaks the fewest rules; of several smallest sets the mildest (last in order).
+
+    *quick*: for many GPUs stop soon, with a set of which no rule can be left out.
+    """
+    large = bool(problem.gpu_broken) and len(problem.gpu_broken[0]) > _SMALL
+    for tries, rules in enumerate(_candidates(problem, allowed)):
+        if quick and large and tries >= _TRIES:
+            return _irreducible(problem, allowed)
         found = feasible(problem, rules)
         if found is not None:
             return found
     return None
+
+
+def _irreducible(problem: Problem, allowed: int) -> Solution | None:
+    """A map that breaks rules of which none can be left out, the mild ones kept."""
+    best = feasible(problem, allowed)
+    for n in range(allowed.bit_length()):
+        less = allowed & ~(1 << n)
+        if best is not None and (found := feasible(problem, less)) is not None:
+            best, allowed = found, less
+    return best
 
 
 def _candidates(problem: Problem, allowed: int) -> Iterator[int]:
@@ -55,7 +79,8 @@ def _candidates(problem: Problem, allowed: int) -> Iterator[int]:
         _, _, rules = heapq.heappop(heap)
         steps = _unary_steps(problem, rules)
         if steps is None:
-            yield rules
+            if _plausible(problem, rules):
+                yield rules
             steps = pair_steps.union(*problem.gpu_broken)
         for step in _smallest(steps, rules):
             larger = rules | step
@@ -73,6 +98,24 @@ def _unary_steps(problem: Problem, rules: int) -> set[int] | None:
     if matchable(possible, [1] * possible.shape[1]):
         return None
     return {bits for row in problem.gpu_broken for bits in row}
+
+
+def _plausible(problem: Problem, rules: int) -> bool:
+    """Whether a glance leaves it open that the set suffices: most sets do not pass.
+
+    Every GPU must have a place that goes with some place of every other GPU.
+    """
+    unary = (np.array(problem.gpu_broken, dtype=np.int64) & ~rules) == 0
+    if unary.size > _LARGE:
+        return True
+    fits = (problem.pair_broken & ~np.uint32(rules)) == 0
+    while True:
+        supported = (fits & unary).any(axis=3).all(axis=2) & unary
+        if (supported == unary).all():
+            return matchable(unary, [1] * unary.shape[1])
+        unary = supported
+        if not unary.any(axis=1).all():
+            return False
 
 
 def _smallest(steps: Iterable[int], rules: int) -> list[int]:

@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 
 Grid = NDArray[np.int64]
 INFINITE = 1 << 55  # a sum of 2 * MAX_GPUS + 2 of them fits in 63 bits
+_MANY = 9  # GPUs from which on the dear test at the root pays
+NEVER = 0xFFFFFFFF
 MAX_GPUS = 64  # MAX_GPU_INSTANCE of kfd_priv.h
 
 
@@ -49,6 +51,19 @@ class Problem:
     joint_grouping: Sequence[Sequence[int]]
     joint_bandwidth: Sequence[Sequence[int]]
 
+    @cached_property
+    def pair_broken(self) -> NDArray[np.uint32]:
+        """Rules broken by (i at d, j at e), all of them where only one of two is placed."""
+        rows = np.array(self.source_joint, dtype=np.int64)
+        columns = np.array(self.destination_joint, dtype=np.int64)
+        table = np.array(self.joint_broken, dtype=np.uint32)
+        pairs: NDArray[np.uint32] = table[rows[:, None, :, None], columns[None, :, None, :]]
+        here = np.arange(len(columns))
+        pairs[:, here, :, here] = NEVER
+        every = np.arange(len(rows))
+        pairs[every, :, every, :] = 0
+        return pairs
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -65,6 +80,13 @@ class Solution:
         return self.grouping, self.bandwidth
 
 
+@dataclass
+class Effort:
+    """Steps that may still be spent on looking for something cheaper."""
+
+    left: int
+
+
 def feasible(problem: Problem, allowed: int = 0) -> Solution | None:
     """Some assignment that breaks only rules in *allowed*; None: proved to be none."""
     if not problem.gpu_broken:
@@ -72,14 +94,15 @@ def feasible(problem: Problem, allowed: int = 0) -> Solution | None:
     if len(problem.gpu_broken) > len(problem.gpu_broken[0]):
         return None
     nothing = np.zeros_like(np.array(problem.joint_broken, dtype=np.int64))
-    found = _Search(_View(problem, allowed, nothing, nothing), limit=0, effort=0).run()
+    found = _Search(_View(problem, allowed, nothing, nothing), limit=0, effort=Effort(0)).run()
     return None if found is None else Solution(places=found[0])
 
 
-def solve(problem: Problem, allowed: int = 0, effort: int | None = None) -> Solution | None:
+def solve(problem: Problem, allowed: int = 0, effort: Effort | None = None) -> Solution | None:
     """The cheapest assignment that breaks only rules in *allowed*; None: proved to be none.
 
-    After *effort* steps of a stage its best so far is taken and ``proven`` is false.
+    When *effort* is used up the best so far is taken and ``proven`` is false; None: no
+    limit. Finding one at all, or the proof that there is none, knows no limit.
     """
     first = feasible(problem, allowed)
     if first is None or len(first.places) < 2:
@@ -87,10 +110,12 @@ def solve(problem: Problem, allowed: int = 0, effort: int | None = None) -> Solu
     grouping = np.array(problem.joint_grouping, dtype=np.int64)
     bandwidth = np.array(problem.joint_bandwidth, dtype=np.int64)
     nothing = np.zeros_like(grouping)
-    best = _Search(_View(problem, allowed, nothing, grouping), limit=0, effort=effort).run()
+    view = _View(problem, allowed, nothing, grouping)
+    best = _Search(view, limit=0, effort=effort, known=first.places).run()
     assert best is not None
-    _, least, proven = best
-    last = _Search(_View(problem, allowed, grouping, bandwidth), limit=least, effort=effort).run()
+    places, least, proven = best
+    view = _View(problem, allowed, grouping, bandwidth)
+    last = _Search(view, limit=least, effort=effort, known=places).run()
     assert last is not None
     return Solution(places=last[0], grouping=least, bandwidth=last[1], proven=proven and last[2])
 
@@ -124,6 +149,14 @@ class _View:
     def source_classes(self) -> list[list[int]]:
         """The same for the source GPUs."""
         return _twins([row.tobytes() for row in self.shut], self.rows)
+
+    def cost(self, places: Sequence[int]) -> int:
+        """The cost to be minimised of a whole assignment."""
+        return sum(
+            int(self.least[self.rows[i][j], self.columns[places[i]][places[j]]])
+            for i in range(len(places))
+            for j in range(i)
+        )
 
     def grid(self) -> Grid:
         """Per source GPU and class INFINITE where it can't be."""
@@ -183,26 +216,56 @@ class _State:
 
 
 class _Search:
-    """One stage. *limit*: of the bounded cost. *effort*: steps, None: as many as it takes."""
+    """One stage. *limit*: of the bounded cost. *effort* is counted down; None: no limit.
 
-    def __init__(self, view: _View, *, limit: int, effort: int | None) -> None:
+    *known* is an assignment that is already known to do.
+    """
+
+    def __init__(
+        self,
+        view: _View,
+        *,
+        limit: int,
+        effort: Effort | None,
+        known: tuple[int, ...] | None = None,
+    ) -> None:
         self.limit, self.effort = limit, effort
         self.classes = view.classes
         self.start = view.grid()
         self.bounded, self.least = view.pairs(view.bounded), view.pairs(view.least)
         self.twins = {x: [y for y in g if y != x] for g in view.source_classes for x in g}
-        self.steps = 0
-        self.best: dict[int, int] | None = None
-        self.best_cost = INFINITE
+        self.tightness = (self.bounded >= INFINITE).any(axis=3).sum(axis=(1, 2))
+        self.best = known
+        self.best_cost = INFINITE if known is None else view.cost(known)
         self.exhausted = False
 
     def run(self) -> tuple[tuple[int, ...], int, bool] | None:
         """Places, least cost and whether that is proven, or None."""
         left = [len(group) for group in self.classes]
-        self._visit(_State(placed={}, bounded=self.start, least=self.start, left=left))
+        start = self._surrounded(self.start, left) if len(self.start) >= _MANY else self.start
+        self._visit(_State(placed={}, bounded=start, least=self.start, left=left))
         if self.best is None:
             return None
-        return self._spread(self.best), self.best_cost, not self.exhausted
+        return self.best, self.best_cost, not self.exhausted
+
+    def _surrounded(self, grid: Grid, left: Sequence[int]) -> Grid:
+        """Rule out (i at c) where the others have no places of their own beside it.
+
+        Dear, so only done at the root: it decides nearly alike machines of many GPUs, whose
+        few odd links must fall on odd links (Solnon's local all-different).
+        """
+        while True:
+            possible = grid < INFINITE
+            shut = grid.copy()
+            for i, c in zip(*np.nonzero(possible), strict=True):
+                room = list(left)
+                room[c] -= 1
+                beside = (self.bounded[i, c] < INFINITE) & possible
+                if not matchable(np.delete(beside, i, axis=0), room):
+                    shut[i, c] = INFINITE
+            if (shut == grid).all():
+                return grid
+            grid = shut
 
     def _spread(self, chosen: dict[int, int]) -> tuple[int, ...]:
         """From classes to GPUs: ascending within a class."""
@@ -210,16 +273,17 @@ class _Search:
         return tuple(next(stock[chosen[i]]) for i in sorted(chosen))
 
     def _visit(self, state: _State) -> None:
-        self.steps += 1
+        if self.effort is not None:
+            self.effort.left -= 1
         waiting = [i for i in range(len(self.start)) if i not in state.placed]
         if not waiting:
-            self.best_cost, self.best = state.cost[1], dict(state.placed)
+            self.best_cost, self.best = state.cost[1], self._spread(state.placed)
             return
         bound = self._bound(state, np.array(waiting))
         if bound is None or not matchable(bound < INFINITE, state.left):
             return
-        sizes = (bound < INFINITE).sum(axis=1)
-        row = int(sizes.argmin())
+        sizes = (bound < INFINITE).sum(axis=1) * len(self.start) ** 2
+        row = int((sizes - self.tightness[waiting]).argmin())
         lowest = bound.min(axis=1)
         others = 2 * state.cost[1] + int(lowest.sum()) - int(lowest[row])
         for value, c in sorted((int(v), c) for c, v in enumerate(bound[row]) if v < INFINITE):
@@ -229,7 +293,7 @@ class _Search:
 
     def _spent(self) -> bool:
         """Whether to stop looking for something cheaper."""
-        if self.best is not None and self.effort is not None and self.steps >= self.effort:
+        if self.best is not None and self.effort is not None and self.effort.left <= 0:
             self.exhausted = True
         return self.exhausted
 

@@ -21,6 +21,7 @@ _POLL = 0.0005  # seconds between looks at a process that is about to stop
 _SIGNAL_AGAIN = 0.05  # seconds; a signal that meets the handler's end is lost
 _SETTLE = 0.5  # seconds
 _CONTINUE_TIMEOUT = 5.0  # seconds
+_KILL_POLL_MS = 20
 _KILL_TIMEOUT = 30.0  # seconds; a process with much memory takes time to end
 
 
@@ -106,8 +107,11 @@ def kill(process: ProcessRef) -> None:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
-        if not poll.poll(_KILL_TIMEOUT * 1000):
-            raise FreezeTimeout(f"process {process.pid} was killed and has not ended yet")
+        deadline = time.monotonic() + _KILL_TIMEOUT
+        # Threads that are traced stay zombies until their tracer lets go: hence both.
+        while not poll.poll(_KILL_POLL_MS) and procfs.is_alive(process):
+            if time.monotonic() > deadline:
+                raise FreezeTimeout(f"process {process.pid} was killed and has not ended yet")
     except ProcessLookupError:
         return
     except PermissionError as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from migrate.errors import NoSuchProcess
 from migrate.model import ProcessRef
 
 STOPPED = frozenset("Tt")
+ENDED = frozenset("ZX")
 _START_TIME = 22 - 3  # field 22 of stat, counted after the command's closing bracket
 
 
@@ -49,16 +51,24 @@ def exists(process: ProcessRef) -> bool:
 
 
 def is_alive(process: ProcessRef) -> bool:
-    """Whether this very process exists and has not ended."""
+    """Whether this very process exists and a thread of it has not ended."""
     try:
         fields = _stat(f"/proc/{process.pid}/stat")
-    except OSError:
+        if int(fields[_START_TIME]) != process.start_time or boot_id() != process.boot_id:
+            return False
+        # The first thread may end before the others, and is a zombie until they do.
+        return fields[0] not in ENDED or any(
+            state not in ENDED for state in _thread_states(process.pid)
+        )
+    except (OSError, NoSuchProcess):
         return False
-    return (
-        int(fields[_START_TIME]) == process.start_time
-        and fields[0] not in "ZX"
-        and boot_id() == process.boot_id
-    )
+
+
+def _thread_states(pid: int) -> Iterator[str]:
+    """State letters of the threads. Raises NoSuchProcess."""
+    for thread in threads(pid):
+        with contextlib.suppress(OSError):  # it ended since
+            yield _stat(f"/proc/{pid}/task/{thread}/stat")[0]
 
 
 def threads(pid: int) -> list[int]:
@@ -71,11 +81,8 @@ def threads(pid: int) -> list[int]:
 
 def all_stopped(pid: int) -> bool:
     """Whether every thread is stopped (by SIGSTOP or a tracer). Raises NoSuchProcess."""
-    for thread in threads(pid):
-        with contextlib.suppress(OSError):  # it ended since
-            if _stat(f"/proc/{pid}/task/{thread}/stat")[0] not in STOPPED | {"X", "Z"}:
-                return False
-    return True
+    states = set(_thread_states(pid))
+    return bool(states & STOPPED) and states <= STOPPED | ENDED
 
 
 def status(pid: int, key: str) -> str:

@@ -50,7 +50,8 @@ def main(pairs: int, gpus: int, seed: int) -> None:
     click.echo(f"8 x MI300X to 8 x MI300X: {1000 * (time.perf_counter() - begin):.1f} ms")
     times, maps, unproven, worst = [], 0, 0, (0.0, seed)
     for number in range(seed, seed + pairs):
-        spent, found, proven = seconds(question(random.Random(number), gpus, RULE_NAMES))
+        rng = random.Random(number)
+        spent, found, proven = seconds(question(rng, gpus, RULE_NAMES))
         times.append(spent)
         maps += found
         unproven += not proven

@@ -18,7 +18,7 @@ from agents.operator_servicer import OperatorServicer
 from agents.peer_servicer import PeerServicer
 from agents.source import Sources
 from migrate.dataplane.channel import TcpListener
-from migrate.dataplane.peak_memory import PeakMemorySampler
+from migrate.dataplane.peak_memory import PeakMemory as PeakMemorySampler
 from migrate.dataplane.receiver import Receiver
 from migrate.engine.reexec import ReexecEngine
 from migrate.engine.seam import ProcessEngine
@@ -48,7 +48,7 @@ class Agent:
         paths = config.host_paths()
         self._lock = _only_agent(paths)
         self.journal = Journal(Path(paths.run) / "journal.db")
-        self._memory = PeakMemorySampler()
+        self._memory = PeakMemorySampler(self._staging_ranges, exclude=_not_a_helper)
         self.host = Host(
             name=config.name,
             paths=paths,
@@ -122,14 +122,25 @@ class Agent:
         )
 
     def _peak(self) -> PeakMemory:
-        peak = self._memory.peak()
+        peak = self._memory.peak
         return PeakMemory(agent=peak.agent, staging=peak.staging)
+
+    def _staging_ranges(self) -> tuple[tuple[int, int], ...]:
+        return self.destinations.staging_ranges()
 
 
 def _engine(name: str, paths: HostPaths) -> ProcessEngine:
     if name != "reexec":
         raise UsageError(f"engine: {name!r} is not one of: reexec")
     return ReexecEngine(paths)
+
+
+def _not_a_helper(pid: int) -> bool:
+    """Restored processes are our children, but not ours: each has a session of its own."""
+    try:
+        return os.getsid(pid) != os.getsid(0)
+    except ProcessLookupError:
+        return True
 
 
 def _only_agent(paths: HostPaths) -> int:

@@ -122,6 +122,12 @@ class Destinations:
             except MigrateError as error:
                 _log.error("recovering %s: %s", migration, error)
 
+    def staging_ranges(self) -> tuple[tuple[int, int], ...]:
+        """Addresses of all staging in this process, for the accounting of memory."""
+        with self._lock:
+            live = list(self._live.values())
+        return tuple(r for migration in live for r in migration.staging_ranges())
+
     def stop(self) -> None:
         """Stop looking; what waits stays as it is and is recovered at the next start."""
         self._stop.set()

@@ -167,6 +167,11 @@ class DestinationMigration:
             peak=self.host.peak_memory(),
         )
 
+    def staging_ranges(self) -> tuple[tuple[int, int], ...]:
+        """Where its staging lies in this process."""
+        staging = self._staging
+        return staging.address_ranges() if staging is not None else ()
+
     # ------------------------------------------------------------ handover effects
 
     def feed(self, event: DestinationEvent) -> None:

@@ -128,7 +128,7 @@ class CopyDied(Value):
 
 
 DestinationEvent: TypeAlias = (
-    Built | GrantCame | CancelCame | Failed | FirstResumeFailed | CopyDied | Restarted
+    Built | GrantCame | CancelCame | Failed | FirstResumeFailed | CopyDied | Restarted | Resolved
 )
 
 # ------------------------------------------------------------------ what is to be done
@@ -297,8 +297,13 @@ class DestinationHandover:
             case CancelCame() | Failed() if self.state in _UNGRANTED:
                 return (Kill(), self.to(DestinationState.ABORTED))
             case FirstResumeFailed() if self.state is DestinationState.OWNED:
-                # Nothing ran and nobody was told OWNED: it may still be refused.
+                # Nothing ran and nobody was told OWNED: it may still be refused. The record
+                # comes first: a copy found dead later must not be taken for one that ran.
+                return (self.to(DestinationState.REFUSING), Refuse())
+            case Refused() if self.state is DestinationState.REFUSING:
                 return (Kill(), self.to(DestinationState.REFUSED), Reply(answer=Answer.REFUSED))
+            case Resolved(source_owns=False) if self.state is DestinationState.PREPARED:
+                return (self.to(DestinationState.OWNED), Start())
             case CopyDied() if self.state is DestinationState.OWNED:
                 return (self.to(DestinationState.OWNED_DEAD), Reply(answer=Answer.OWNED_DEAD))
             case Restarted(copy_present=present):

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 DOORBELL_SLICE = 8192  # bytes: kfd_doorbell_process_slice() with 8-byte doorbells
 MAX_QUEUES = 1024
+SVM_USER_BASE = 0x4000  # gpuvm_base: BOs at or below it are the driver's own
 NON_CP_DOORBELLS = range(0x1E0, 0x200)  # of SDMA, IH and VCN, mirrored 512 higher
+
+
+def error(number: int) -> OSError:
+    """OSError of an errno."""
+    return OSError(number, os.strerror(number))
 
 
 @dataclass(eq=False)

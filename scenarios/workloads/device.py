@@ -121,8 +121,8 @@ def open_gpus(runtime: Runtime) -> tuple[int, ...]:
     All of them, used or not, as ROCr does: the kernel pauses a process only if each GPU
     that it sees has a VM. Raises OSError, KfdUnavailable.
     """
-    topology = read_topology(runtime.paths.topology)
     gpu_ids = visible_gpus(runtime)
+    topology = read_topology(runtime.paths.topology)
     for gpu_id in gpu_ids:
         minor = topology.gpu(gpu_id).drm_render_minor
         node = runtime.open_render_node(gpu_id, str(Path(runtime.paths.dri) / f"renderD{minor}"))

@@ -85,10 +85,10 @@ class Training:
     def __init__(self, runtime: Runtime, config: Config) -> None:
         self._runtime = runtime
         self._plan = _plan(config)
-        self._waiter: Waiter | None = None
+        self.waiter: Waiter | None = None
         self._words: contents.Words | None = None
         self._packets: tuple[tuple[int, int], list[steps.Packet]] = ((-1, -1), [])
-        self._log = os.open(config.log, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.log = os.open(config.log, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def advance(self, record: Record) -> Record | None:
         """The record after one more operation, None at the end."""
@@ -200,10 +200,10 @@ class Training:
         )
 
     def _wait(self, record: Record) -> Waiter:
-        if self._waiter is None:
-            self._waiter = Waiter(self._runtime, tuple(record.events.values()))
-            self._waiter.start()
-        return self._waiter
+        if self.waiter is None:
+            self.waiter = Waiter(self._runtime, tuple(record.events.values()))
+            self.waiter.start()
+        return self.waiter
 
     def _complete(self, record: Record) -> Record:
         """Take the oldest step's results into the chain, CPU memory, and the log."""
@@ -216,7 +216,7 @@ class Training:
         history = record.bos["results0"].address + RESULTS_SIZE
         device.store(history + record.done * 16 % HISTORY_SIZE, digest)
         line = f"{record.done} {digest.hex()}\n".encode()
-        os.pwrite(self._log, line, record.log_offset)
+        os.pwrite(self.log, line, record.log_offset)
         if record.config.pace:
             time.sleep(record.config.pace)
         return replace(
@@ -252,8 +252,8 @@ class Training:
         return replace(record, recent=(digest,), hashed=record.hashed + 1)
 
     def _do_report(self, record: Record) -> None:
-        os.ftruncate(self._log, record.log_offset)
-        os.fsync(self._log)
+        os.ftruncate(self.log, record.log_offset)
+        os.fsync(self.log)
         report = {
             "digest": record.digest.hex(),
             "steps": record.steps,

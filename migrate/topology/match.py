@@ -35,14 +35,14 @@ from migrate.topology.rules import (
     PairRule,
     SourceGpu,
 )
-from migrate.topology.search import Problem, Solution
+from migrate.topology.search import Problem, Solution, broken_by
 
 VISIBLE_GPUS = "visible-gpus"  # no rule to relax: RESTORE wants the same number
 GPU_MAP = "gpu-map"  # the caller's own --gpu-map
 
 _NUMA_SHIFT = 12  # at most 2016 pairs of 64 GPUs
 ALL_RULES = (1 << len(RULES)) - 1
-_OVERRIDE = 1 << len(RULES)  # a bit that nothing relaxes
+OVERRIDE = 1 << len(RULES)  # a bit that nothing relaxes
 
 
 class Cost(Value):
@@ -118,6 +118,11 @@ def match(
         busy=frozenset(busy),
         override=tuple(override or ()),
     )
+    return decide(case, relax)
+
+
+def decide(case: Case, relax: Collection[str] = frozenset()) -> MatchResult:
+    """As :func:`match`, of a case that is already put together."""
     allowed = _bits(relax)
     if len(case.sources) > len(case.destinations):
         return MatchResult(map=None, cost=None, refusals=(_too_many(case),))
@@ -209,7 +214,7 @@ class Case:
         wanted = self.override.get(s.node.gpu_id)
         taken = d.node.gpu_id in self.override.values()
         if wanted != d.node.gpu_id and (wanted is not None or taken):
-            bits |= _OVERRIDE
+            bits |= OVERRIDE
         return bits
 
 
@@ -276,19 +281,8 @@ def _bandwidth(a: Joint, b: Joint) -> int:
 # ---------------------------------------------------------------- results
 
 
-def broken_by(case: Case, places: Sequence[int]) -> int:
-    """Rules that a whole assignment breaks, as bits."""
-    p = case.problem
-    bits = 0
-    for i, d in enumerate(places):
-        bits |= p.gpu_broken[i][d]
-        for j in range(i):
-            bits |= p.joint_broken[p.source_joint[i][j]][p.destination_joint[d][places[j]]]
-    return bits
-
-
 def _success(case: Case, found: Solution) -> MatchResult:
-    relaxed = names_of(broken_by(case, found.places))
+    relaxed = names_of(broken_by(case.problem, found.places))
     pairs = tuple(
         (s.node.gpu_id, case.destinations[d].node.gpu_id)
         for s, d in zip(case.sources, found.places, strict=True)
@@ -314,7 +308,7 @@ def _failure(case: Case) -> MatchResult:
     refusals: dict[tuple[str, str, str], Refusal] = {}
     advice: tuple[str, ...] = ()
     if nearest is not None:
-        advice = names_of(broken_by(case, nearest.places))
+        advice = names_of(broken_by(case.problem, nearest.places))
         for refusal in _against(case, nearest.places):
             refusals.setdefault(_key(refusal), refusal)
     for refusal in _table(case):

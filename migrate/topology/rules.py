@@ -318,11 +318,11 @@ def _peer(s: Joint, d: Joint) -> Refused:
 
 
 def _hive(s: Joint, d: Joint) -> Refused:
-    return ("one", "none or two") if s.same_hive and not d.same_hive else None
+    return ("shared", "not shared") if s.same_hive and not d.same_hive else None
 
 
 def _numa(s: Joint, d: Joint) -> Refused:
-    return ("one", "two") if s.same_numa is True and d.same_numa is False else None
+    return ("shared", "not shared") if s.same_numa is True and d.same_numa is False else None
 
 
 PAIR_RULES: tuple[PairRule, ...] = (

@@ -120,6 +120,31 @@ def solve(problem: Problem, allowed: int = 0, effort: Effort | None = None) -> S
     return Solution(places=last[0], grouping=least, bandwidth=last[1], proven=proven and last[2])
 
 
+def broken_by(problem: Problem, places: Sequence[int]) -> int:
+    """Rules that a whole assignment breaks, as bits."""
+    bits = 0
+    for i, d in enumerate(places):
+        bits |= problem.gpu_broken[i][d]
+        for j in range(i):
+            row, column = problem.source_joint[i][j], problem.destination_joint[d][places[j]]
+            bits |= problem.joint_broken[row][column]
+    return bits
+
+
+def interchangeable(problem: Problem) -> tuple[list[int], list[int]]:
+    """Per source and per destination GPU the first one that is like it, as rules go."""
+    rules = np.array(problem.joint_broken, dtype=np.int64)
+    nothing = np.zeros_like(rules)
+    view = _View(problem, -1, nothing, rules)  # -1: no rule forbids, each tells itself apart
+    columns = [column.tobytes() for column in np.array(problem.gpu_broken).T]
+    rows = [row.tobytes() for row in np.array(problem.gpu_broken)]
+    found = []
+    for unary, joint in ((rows, view.rows), (columns, view.columns)):
+        groups = _twins(unary, joint)
+        found.append([next(g[0] for g in groups if x in g) for x in range(len(unary))])
+    return found[0], found[1]
+
+
 class _View:
     """A problem as one stage sees it: *bounded* cost within a limit, *least* cost minimised.
 

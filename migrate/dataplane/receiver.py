@@ -17,101 +17,17 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from migrate.dataplane import keys, messages
 from migrate.dataplane.channel import Channel, Listener
-from migrate.dataplane.codecs import Decoder
-from migrate.dataplane.frame import (
-    MAX_PAYLOAD,
-    AeadFactory,
-    Direction,
-    Kind,
-    Lane,
-    Opener,
-    Prefix,
-    Sealer,
-)
-from migrate.dataplane.messages import Codec, Run
-from migrate.dataplane.staging import Staging
+from migrate.dataplane.frame import AeadFactory, Direction, Kind, Lane, Opener, Sealer
+from migrate.dataplane.intake import Intake
+from migrate.dataplane.session import TAKEOVER_TIMEOUT, Session
 from migrate.dataplane.wire import FrameReader, FrameWriter, deadline
-from migrate.errors import (
-    AgentBusy,
-    Cancelled,
-    FrameRejected,
-    InsufficientMemory,
-    MigrateError,
-)
+from migrate.errors import AgentBusy, FrameRejected, MigrateError
+
+__all__ = ["Receiver", "Session"]
 
 _log = logging.getLogger(__name__)
 HELLO_TIMEOUT = 5.0  # seconds
-TAKEOVER_TIMEOUT = 10.0  # seconds for a stream's older connection to end
-ACK_BYTES = 2 << 20  # payload bytes placed between acknowledgements
-ACK_FRAMES = 64
 MAX_STRANGERS = 64  # connections that have not proved themselves
-
-
-class _StreamState:
-    """One stream of a session across its connections."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.placed: dict[int, int] = {}  # frames placed, by epoch
-        self.epoch = 0
-        self.connection: _Connection | None = None
-
-
-class Session:
-    """What one migration receives. *quota* in bytes caps all objects together."""
-
-    def __init__(self, session_id: bytes, secret: bytes, quota: int) -> None:
-        self.id = session_id
-        self.secret = secret
-        self.staging = Staging(quota)
-        self.refusal: MigrateError | None = None
-        self.rejected = 0  # frames and hellos that failed a check
-        self.closed = False
-        self._lock = threading.Lock()
-        self._streams: dict[int, _StreamState] = {}
-
-    def attach(self, hello: keys.Hello, connection: _Connection) -> int:
-        """Make *connection* the one of its stream, the older one having ended.
-
-        Returns the number of frames placed of the epoch ``hello.previous``. Raises
-        FrameRejected if the epoch is not new.
-        """
-        with self._lock:
-            if self.closed:
-                raise FrameRejected("the session is closed")
-            state = self._streams.setdefault(hello.stream, _StreamState())
-        with state.lock:
-            if hello.epoch <= state.epoch:
-                raise FrameRejected(f"connection epoch {hello.epoch} came again")
-            if state.connection is not None:
-                state.connection.channel.abort()
-                if not state.connection.ended.wait(TAKEOVER_TIMEOUT):
-                    raise FrameRejected("the stream's older connection does not end")
-                state.placed[state.epoch] = state.connection.placed
-            state.connection, state.epoch = connection, hello.epoch
-            state.placed = {e: n for e, n in state.placed.items() if e >= hello.previous}
-            return state.placed.get(hello.previous, 0)
-
-    def retire(self, streams: int) -> None:
-        """End the connections of streams numbered *streams* and up: an older sender's."""
-        with self._lock:
-            old = [state for index, state in self._streams.items() if index >= streams]
-        for state in old:
-            with state.lock:
-                if state.connection is not None:
-                    state.connection.channel.abort()
-                    state.connection.ended.wait(TAKEOVER_TIMEOUT)
-
-    def refuse(self, error: MigrateError) -> None:
-        """Nothing more is accepted; the source is told why."""
-        self.refusal = self.refusal or error
-
-    def close(self) -> None:
-        """End the streams and free staging. Idempotent."""
-        with self._lock:
-            self.closed = True
-        self.retire(0)
-        self.staging.close()
 
 
 class Receiver:
@@ -203,7 +119,7 @@ class _Connection:
     ) -> None:
         self.channel = channel
         self.ended = threading.Event()
-        self.placed = 0  # frames whose effect stands
+        self._intake: Intake | None = None
         self._receiver = receiver
         self._aead = aead
         self._known = known
@@ -211,6 +127,10 @@ class _Connection:
 
     def start(self) -> None:
         self._thread.start()
+
+    @property
+    def placed(self) -> int:
+        return 0 if self._intake is None else self._intake.placed
 
     def _run(self) -> None:
         session: Session | None = None
@@ -258,116 +178,9 @@ class _Connection:
         )
         reader = FrameReader(self.channel, Opener(inward, lanes[0], aead=self._aead))
         writer = FrameWriter(self.channel, Sealer(outward, lanes[1], aead=self._aead))
-        intake = _Intake(session, reader, writer, self)
+        intake = self._intake = Intake(session, reader, writer)
         if session.refusal is not None:
             intake.refuse(session.refusal)
             return
         writer.write(Kind.WELCOME, messages.pack_welcome(hello.previous, placed))
         intake.run()
-
-
-class WireError(Exception):
-    """The connection failed in the middle of a frame; carries the error."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
-
-
-class _Intake:
-    """The frames of one authenticated connection, put into staging."""
-
-    def __init__(
-        self, session: Session, reader: FrameReader, writer: FrameWriter, connection: _Connection
-    ) -> None:
-        self._session = session
-        self._reader = reader
-        self._writer = writer
-        self._connection = connection
-        self._packed = memoryview(bytearray(MAX_PAYLOAD))
-        self._decoder = Decoder()
-        self._unacked_bytes = 0
-        self._unacked_frames = 0
-
-    def run(self) -> None:
-        """Until the peer ends or errs. Raises EOFError, OSError, MigrateError."""
-        while True:
-            prefix, meta = self._reader.next()
-            try:
-                self._handle(prefix, meta)
-            except WireError as error:
-                raise error.cause from error
-            except MigrateError as error:
-                self.refuse(error)
-                raise
-            except Exception as error:  # a bug: the source must not try for ever
-                self.refuse(MigrateError(f"the destination failed: {error!r}"))
-                raise
-            self._connection.placed = self._reader.sequence
-            self._acknowledge(prefix)
-
-    def refuse(self, error: MigrateError) -> None:
-        """Tell the source why, now or when it connects again."""
-        self._session.refuse(error)
-        try:
-            self._writer.write(Kind.REFUSE, messages.pack_refuse(error.reason, error.message))
-        except OSError as cut:
-            _log.debug("could not send the refusal: %s", cut)
-
-    def _handle(self, prefix: Prefix, meta: bytes) -> None:
-        kind = prefix.kind
-        if self._session.closed:
-            raise Cancelled("the destination closed the session")
-        if self._session.refusal is not None:
-            raise self._session.refusal
-        if kind is Kind.DATA:
-            self._store(Run.parse(meta), prefix)
-            return
-        if prefix.payload_length:
-            raise FrameRejected(f"{kind.name} with a payload")
-        if kind is Kind.DECLARE:
-            self._declare(meta)
-        elif kind is Kind.FORGET:
-            self._session.staging.forget(messages.parse_forget(meta))
-        elif kind is Kind.STATE_REQUEST:
-            self._session.retire(max(1, messages.parse_state_request(meta)))
-            for info, first, state in self._session.staging.state():
-                self._writer.write(Kind.STATE, messages.pack_state(info, first), state)
-        elif kind is not Kind.SYNC:
-            raise FrameRejected(f"{kind.name} is not for the destination")
-
-    def _declare(self, meta: bytes) -> None:
-        try:
-            self._session.staging.declare(messages.parse_declare(meta))
-        except OSError as error:  # ENOMEM
-            raise InsufficientMemory(f"no memory for staging: {error}") from error
-
-    def _store(self, run: Run, prefix: Prefix) -> None:
-        staged = self._session.staging.get(run.object_id)
-        run.check(staged.info, prefix.payload_length)
-        if run.codec is Codec.ZERO:
-            staged.store_zeros(run.offset, run.length)
-            return
-        target = staged.begin(run.offset, run.length)
-        if run.codec is Codec.RAW:
-            self._payload(prefix, target)
-        else:
-            packed = self._packed[: prefix.payload_length]
-            self._payload(prefix, packed)
-            self._decoder.decode(run.codec, packed, target)
-        staged.commit(run.offset, run.length, run.digests)
-
-    def _payload(self, prefix: Prefix, into: memoryview) -> None:
-        """A payload that does not open was altered on the wire: a cut, not a refusal."""
-        try:
-            self._reader.payload(prefix, into)
-        except (EOFError, OSError, FrameRejected) as error:
-            raise WireError(error) from error
-
-    def _acknowledge(self, prefix: Prefix) -> None:
-        self._unacked_bytes += prefix.payload_length
-        self._unacked_frames += 1
-        due = self._unacked_bytes >= ACK_BYTES or self._unacked_frames >= ACK_FRAMES
-        if due or prefix.kind in (Kind.SYNC, Kind.STATE_REQUEST):
-            self._writer.write(Kind.ACK, messages.pack_ack(self._connection.placed))
-            self._unacked_bytes = self._unacked_frames = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from migrate.dataplane import keys
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.channel import Channel
-from migrate.dataplane.chooser import Chooser
+from migrate.dataplane.chooser import AdaptiveChooser, Chooser
 from migrate.dataplane.frame import AeadFactory
 from migrate.dataplane.messages import ObjectInfo
 from migrate.dataplane.pacer import Pacer
@@ -57,7 +58,8 @@ class Sender:
         )
         self._reconnect_timeout = reconnect_timeout
         pacer = Pacer(bandwidth_limit)
-        chooser = chooser or Chooser()
+        chooser = chooser or AdaptiveChooser(streams, len(os.sched_getaffinity(0)))
+        self.chooser = chooser
         lock = threading.Lock()
 
         def next_epoch() -> int:

@@ -434,3 +434,11 @@ class OwnedDead(MigrateError):
         "The copy ended after it was released. `migrate resolve ID` may give the frozen source the"
         " ownership back; work after the freeze may then be repeated."
     )
+
+
+class TooLate(MigrateError):
+    """An abort came after the grant: the destination decides, nothing can be promised."""
+
+    reason = "TOO_LATE"
+    exit_code = 92
+    advice = "`migrate watch ID` shows the destination's answer, `migrate show ID` the outcome."

@@ -7,10 +7,10 @@ import click
 from migrate.cli.following import abort
 from migrate.cli.searching import host_of
 from migrate.cli.settings import Settings
+from migrate.errors import TooLate
 from migrate.rpc.pb.agent_pb2 import AbortReply
 
 SCHEMA = "migrate.abort/1"
-TOO_LATE = 92  # documented in docs/exit-codes.md with the reasons
 
 
 @click.command("abort")
@@ -31,4 +31,4 @@ def abort_command(settings: Settings, migration: str, host: str | None) -> int:
         )
     else:
         settings.output.text(reply.message)
-    return TOO_LATE if reply.outcome == AbortReply.TOO_LATE else 0
+    return TooLate.exit_code if reply.outcome == AbortReply.TOO_LATE else 0

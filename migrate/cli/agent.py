@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from migrate.cli.settings import configure_logging
+from migrate.cli.settings import Settings, configure_logging
 
 EXAMPLE = """\b
 name = "node1"              # as in its certificate and in inventories
@@ -36,9 +36,11 @@ def agent_command() -> None:
     help="Configuration (TOML).",
 )
 @click.option("--ready-fd", type=int, hidden=True, help="Gets the address when it answers.")
-def serve(config: Path, ready_fd: int | None) -> None:
+@click.pass_obj
+def serve(settings: Settings, config: Path, ready_fd: int | None) -> None:
     """Run the agent until SIGTERM."""
-    configure_logging(1)
+    # The log of a daemon tells what it did; -v and -vv tell more.
+    configure_logging(max(1, settings.output.verbose))
     # agents is a layer above the command line: named here, imported only when it is run.
     load_config = importlib.import_module("agents.config").load_config
     importlib.import_module("agents.daemon").serve(load_config(config), ready_fd)

@@ -1,0 +1,144 @@
+"""Training jobs on a cluster, the migrate command as its user runs it, and the twin's digest."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from migrate.report import Report
+from scenarios.cluster import Cluster, wait_until
+
+STEPS = 800
+VRAM = 16 << 20
+PACE = 0.005  # seconds between steps: long enough a life to be moved in
+END = 90.0  # seconds for a job to end
+
+
+@dataclass
+class Job:
+    """A training process and what it leaves."""
+
+    pid: int
+    log: Path
+    result_path: Path
+    started: subprocess.Popen[bytes]
+
+    def steps(self) -> int:
+        """Steps it has logged."""
+        try:
+            return self.log.read_bytes().count(b"\n")
+        except OSError:
+            return 0
+
+    def wait_steps(self, count: int) -> None:
+        """Wait until it has logged *count* steps."""
+        wait_until(lambda: self.steps() >= count or self.result_path.exists(), END, f"step {count}")
+
+    def runs_on(self) -> None:
+        """It makes steps from now on, or comes to its end."""
+        self.wait_steps(self.steps() + 3)
+
+    def result(self) -> dict[str, Any]:
+        """What it wrote at its end."""
+        wait_until(self.result_path.exists, END, "the job's result")
+        found: dict[str, Any] = json.loads(self.result_path.read_text())
+        return found
+
+
+def start_job(
+    cluster: Cluster,
+    host: str,
+    name: str,
+    *,
+    steps: int = STEPS,
+    pace: float = PACE,
+    options: tuple[str, ...] = (),
+) -> Job:
+    """Start a training job on a host and wait for its first steps."""
+    log, result = cluster.folder / f"{name}.log", cluster.folder / f"{name}.json"
+    started = cluster.workload(
+        host,
+        [
+            "-m", "scenarios.workloads.train",
+            "--steps", str(steps),
+            "--vram", str(VRAM),
+            "--gpus", "2",
+            "--seed", "11",
+            "--pace", str(pace),
+            "--log", str(log),
+            "--result", str(result),
+            *options,
+        ],
+    )  # fmt: skip
+    job = Job(started.pid, log, result, started)
+    job.wait_steps(2)
+    return job
+
+
+@cache
+def twin_digest(cluster_folder: Path, steps: int, root: Path) -> str:
+    """The digest of a job that never moves."""
+    result = cluster_folder / f"twin-{steps}.json"
+    subprocess.run(
+        [
+            sys.executable, "-m", "scenarios.workloads.train",
+            "--steps", str(steps), "--vram", str(VRAM), "--gpus", "2", "--seed", "11",
+            "--log", str(cluster_folder / f"twin-{steps}.log"), "--result", str(result),
+        ],
+        check=True,
+        timeout=END,
+        env={**os.environ, "MIGRATE_HOST_ROOT": str(root)},
+    )  # fmt: skip
+    digest: str = json.loads(result.read_text())["digest"]
+    return digest
+
+
+@dataclass
+class Outcome:
+    """What ``migrate ... --json`` printed and its exit code."""
+
+    code: int
+    document: dict[str, Any]
+
+    @property
+    def report(self) -> Report:
+        """The document as a report."""
+        import msgspec  # noqa: PLC0415
+
+        return msgspec.convert(self.document, Report)
+
+    @property
+    def failure(self) -> dict[str, Any]:
+        """The failure of the report, or the error of the command itself."""
+        found: dict[str, Any] = self.document.get("failure") or self.document["error"]
+        return found
+
+
+def migrate(cluster: Cluster, *arguments: str, inventory: Path | None = None) -> Outcome:
+    """Run the command line; stdout must be exactly one JSON document."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "migrate",
+            "--json", "--inventory", str(inventory or cluster.inventory), *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.stdout, done.stderr
+    return Outcome(done.returncode, json.loads(done.stdout))
+
+
+def kernel_log(cluster: Cluster) -> str:
+    """What the nodes would have oopsed with: empty if our guards hold."""
+    return "".join(
+        (host.root / "run" / "kernel.log").read_text() for host in cluster.hosts.values()
+    )

@@ -13,7 +13,7 @@ UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 SMALLEST = 8 << 20
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A number of bytes such as 256MiB."""
 
     name = "size"

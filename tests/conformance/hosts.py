@@ -34,7 +34,7 @@ PR_SET_PTRACER = 0x59616D61
 PR_SET_PTRACER_ANY = ctypes.c_ulong(-1).value
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.conformance.kit", "migrate.kfd.sim.client"])
+_context.set_forkserver_preload(["tests.conformance.target", "migrate.kfd.sim.client"])
 
 
 class Link:

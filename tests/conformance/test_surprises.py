@@ -8,6 +8,7 @@ import fcntl
 import mmap
 import os
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from migrate.kfd import privdata, uapi
 from migrate.kfd.file import open_device
 from migrate.kfd.sim.faults import Fault
+from migrate.kfd.sim.opcodes import FillKernargs, Opcode
 from tests.conformance import image as raw
 from tests.conformance.hosts import KERNEL, Host, Link, any_host
 from tests.conformance.image import INVALID, Buffers, Image
@@ -119,6 +121,47 @@ def test_nothing_writes_vram_while_paused(host: Host) -> None:
         raw.unpause(file)
     assert child.ask(("counter_moves",))
     assert child.ask(("wait_adds",)) == 40 * ADDED
+
+
+def _fill_again_and_again(link: Link, size: int) -> None:
+    process = Process(link.paths)
+    process.prepare_queues()
+    queue = process.create_queue(process.gpu_ids[0], 0)
+    buffer = process.alloc(process.gpu_ids[0], size)
+    link.say(buffer.address)
+    for value in range(1, 1 << 20):
+        queue.submit(Opcode.FILL, FillKernargs(buffer.address, size, value))
+        if not wait_until(lambda: queue.write_index - queue.read_index < 8):
+            break
+    os._exit(0)
+
+
+def test_process_info_answers_only_when_the_gpu_has_stopped(host: Host) -> None:
+    """A packet is done whole or not at all: the buffer has one value from end to end."""
+    size = 64 << 20
+    child = host.spawn(_fill_again_and_again, size)
+    address = child.hear()
+    for _ in range(5):
+        with held(child.pid, host.paths) as file:
+            buffers = Buffers(raw.process_info(file))
+            raw.criu(file, uapi.KFD_CRIU_OP_CHECKPOINT, **buffers.fields)
+            fd = next(bucket.dmabuf_fd for bucket in buffers.bos if bucket.addr == address)
+            memory = mmap.mmap(fd, size)
+            first, last = found = _ends(memory)
+            assert first == last
+            assert stays(partial(_ends, memory), 0.02)
+            buffers.close()
+            raw.unpause(file)
+        with memory:  # it goes on
+            assert wait_until(partial(_differs, memory, found))
+
+
+def _ends(memory: mmap.mmap) -> tuple[bytes, bytes]:
+    return memory[:4], memory[-4:]
+
+
+def _differs(memory: mmap.mmap, found: tuple[bytes, bytes]) -> bool:
+    return _ends(memory) != found
 
 
 # ---------------------------------------------------------------- 5: RESTORE by the tracer

@@ -101,7 +101,7 @@ class Engine(threading.Thread):
         found = []
         for process in (*self._host.processes.values(), *self._host.pinned):
             device = process.device_on(self._gpu)
-            if device is not None and not device.evicted:
+            if device is not None:
                 found += [queue for queue in device.queues if self._is_runnable(queue)]
         return found
 

@@ -65,8 +65,10 @@ def _installed(package: str) -> bool:
 def mirrors() -> tuple[str, str]:
     """Base addresses of the Debian archive and of its security archive, as apt has them."""
     lines = output(
-        ["apt-get", "indextargets", "--format", "$(REPO_URI) $(LABEL) $(CODENAME)"]
-        + ["Created-By: Packages"]
+        [
+            *("apt-get", "indextargets", "--format", "$(REPO_URI) $(LABEL) $(CODENAME)"),
+            "Created-By: Packages",
+        ]
     ).splitlines()
     archive = security = ""
     for line in lines:
@@ -94,8 +96,7 @@ def bootstrap(layout: Layout, suite: str, target: Path, packages: tuple[str, ...
     )
     signed = f"[signed-by={KEYRING}]"
     (target / "etc/apt/sources.list").write_text(
-        f"deb {signed} {archive} {suite} main\n"
-        f"deb {signed} {security} {suite}-security main\n"
+        f"deb {signed} {archive} {suite} main\ndeb {signed} {security} {suite}-security main\n"
     )
     (target / "etc/apt/apt.conf.d/90lab").write_text(_apt_settings())
     shutil.copy("/etc/resolv.conf", target / "etc/resolv.conf")
@@ -110,7 +111,9 @@ def _apt_settings() -> str:
 def in_root(layout: Layout, root: Path, *command: str) -> None:
     """Run *command* inside *root*, logged like its bootstrap."""
     run(
-        *("chroot", root, *command),
+        "chroot",
+        root,
+        *command,
         log=layout.logs / f"{root.name}.log",
         environment={"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C"},
     )

@@ -77,8 +77,10 @@ class Host:
         disk = self.folder / "disk.qcow2"
         disk.unlink(missing_ok=True)
         output(
-            ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2"]
-            + ["-b", str(self.layout.disk), str(disk)]
+            [
+                *("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2"),
+                *("-b", self.layout.disk, disk),
+            ]
         )
         port = _free_port()
         log = (self.folder / "qemu.log").open("w")
@@ -100,9 +102,7 @@ class Host:
         self._wait_ready(process)
 
     def _command(self, spec: HostSpec, port: int) -> list[str]:
-        peers = ",".join(
-            f"{name}@10.99.0.{index}" for index, name in enumerate(FIRST_SLOT, 1)
-        )
+        peers = ",".join(f"{name}@10.99.0.{index}" for index, name in enumerate(FIRST_SLOT, 1))
         peer = next(name for name in FIRST_SLOT if name != self.name)
         mine, theirs = self.folder / "net", self.layout.hosts / peer / "net"
         theirs.parent.mkdir(parents=True, exist_ok=True)
@@ -130,25 +130,27 @@ class Host:
             *("-device", "virtio-rng-pci"),
             *("-netdev", f"user,id=control,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22"),
             *("-device", f"virtio-net-pci,netdev=control,mac=52:54:00:00:00:0{number}"),
-            *("-netdev", f"dgram,id=lab,local.type=unix,local.path={mine},remote.type=unix,remote.path={theirs}"),
+            *(
+                "-netdev",
+                f"dgram,id=lab,local.type=unix,local.path={mine},remote.type=unix,remote.path={theirs}",
+            ),
             *("-device", f"virtio-net-pci,id=labnic,netdev=lab,mac=52:54:00:00:01:0{number}"),
             *gpus,
         ]
 
     def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + BOOT_SECONDS
-        while b"LAB READY" not in (
-            self.console.read_bytes() if self.console.exists() else b""
-        ):
+        while b"LAB READY" not in (self.console.read_bytes() if self.console.exists() else b""):
             if process.poll() is not None:
-                raise LabError(f"host {self.name} ended while booting:\n{self._last_words()}")
+                raise LabError(f"host {self.name} ended while booting:\n{self.last_words()}")
             if time.monotonic() > deadline:
                 self.stop()
-                raise LabError(f"host {self.name} did not boot:\n{self._last_words()}")
+                raise LabError(f"host {self.name} did not boot:\n{self.last_words()}")
             time.sleep(0.1)
         self.ssh("true")
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """The end of what QEMU and the console said."""
         words = ""
         for file in (self.folder / "qemu.log", self.console):
             if file.exists():
@@ -172,15 +174,13 @@ class Host:
     def ssh(self, *words: str, input_data: bytes | None = None) -> str:
         """Run a shell line; what it printed. Raises LabError with its stderr if it fails."""
         command = self.ssh_command(*words)
-        given = {"input": input_data} if input_data is not None else {"stdin": subprocess.DEVNULL}
-        result = subprocess.run(command, capture_output=True, check=False, **given)  # type: ignore[call-overload]
+        result = subprocess.run(command, input=input_data or b"", capture_output=True, check=False)
         if result.returncode:
             raise LabError(
                 f"host {self.name}: {' '.join(words)} ended with {result.returncode}:"
                 f" {result.stderr.decode(errors='replace')}{result.stdout.decode(errors='replace')}"
             )
-        text: str = result.stdout.decode(errors="replace")
-        return text
+        return result.stdout.decode(errors="replace")
 
     def copy(self, *paths: str, source: Path, target: str) -> None:
         """Copy *paths* below *source* into the host's folder *target*."""
@@ -222,8 +222,10 @@ def qmp(path: Path, command: str, arguments: dict[str, object]) -> None:
         monitor.connect(str(path))
         with monitor.makefile("rw") as stream:
             stream.readline()  # greeting
-            for line in ({"execute": "qmp_capabilities"},
-                         {"execute": command, "arguments": arguments}):
+            for line in (
+                {"execute": "qmp_capabilities"},
+                {"execute": command, "arguments": arguments},
+            ):
                 stream.write(json.dumps(line) + "\n")
                 stream.flush()
                 answer = json.loads(stream.readline())
@@ -248,10 +250,12 @@ def accelerator(layout: Layout) -> list[str]:
 def _probe_kvm(layout: Layout) -> bool:
     try:
         result = subprocess.run(
-            ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "512", "-nodefaults"]
-            + ["-display", "none", "-no-reboot", "-serial", "stdio"]
-            + ["-kernel", str(layout.kernel), "-initrd", str(layout.initrd)]
-            + ["-append", "console=ttyS0 panic=-1 lab.probe"],
+            [
+                *("qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "512"),
+                *("-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"),
+                *("-kernel", str(layout.kernel), "-initrd", str(layout.initrd)),
+                *("-append", "console=ttyS0 panic=-1 lab.probe"),
+            ],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=30,

@@ -89,9 +89,7 @@ def _build_module(layout: Layout, release: str) -> None:
         *("make", f"-j{os.cpu_count() or 1}", "-C", f"/usr/src/linux-headers-{release}"),
         *("M=/build", f"AMD={source}", "modules"),
     )
-    debian.in_root(
-        layout, layout.kernel_root, "strip", "--strip-debug", "/build/softgpu.ko"
-    )
+    debian.in_root(layout, layout.kernel_root, "strip", "--strip-debug", "/build/softgpu.ko")
 
 
 def _update(source: Path, target: Path) -> None:

@@ -60,7 +60,8 @@ class DestinationState(StrEnum):
     RESTORING = "RESTORING"  # the copy is being built; nothing of it runs
     PREPARED = "PREPARED"  # placed, verified, held
     OWNED = "OWNED"  # granted: the copy may run
-    REFUSED = "REFUSED"  # granted too late or could not start; copy ended, for ever
+    REFUSING = "REFUSING"  # granted and could not start: nothing of it ran, nor ever will
+    REFUSED = "REFUSED"  # and the copy is ended, for ever
     ABORTED = "ABORTED"  # never granted; copy ended
     OWNED_DEAD = "OWNED_DEAD"  # the copy ran and ended
 
@@ -87,9 +88,10 @@ DESTINATION_TRANSITIONS: Mapping[DestinationState | None, frozenset[DestinationS
     None: frozenset({_D.RESERVED}),
     _D.RESERVED: frozenset({_D.RESTORING, _D.ABORTED}),
     _D.RESTORING: frozenset({_D.PREPARED, _D.ABORTED}),
-    _D.PREPARED: frozenset({_D.OWNED, _D.REFUSED, _D.ABORTED}),
-    # OWNED to REFUSED only while no RESUME was sent: see handover.py.
-    _D.OWNED: frozenset({_D.OWNED_DEAD, _D.REFUSED}),
+    _D.PREPARED: frozenset({_D.OWNED, _D.ABORTED}),
+    # OWNED to REFUSING only while no RESUME had an effect: see handover.py.
+    _D.OWNED: frozenset({_D.OWNED_DEAD, _D.REFUSING}),
+    _D.REFUSING: frozenset({_D.REFUSED}),
     _D.REFUSED: frozenset(),
     _D.ABORTED: frozenset(),
     _D.OWNED_DEAD: frozenset(),

@@ -33,6 +33,7 @@ from migrate.orchestrator.handover import (
     DestinationEffect,
     DestinationEvent,
     DestinationHandover,
+    Done,
     Failed,
     FirstResumeFailed,
     GrantCame,
@@ -182,19 +183,21 @@ class DestinationMigration:
                 pending.extend(self._perform(self.machine.on(pending.pop(0))))
 
     def _perform(self, effects: Sequence[DestinationEffect]) -> list[DestinationEvent]:
+        came: list[DestinationEvent] = []
         for effect in effects:
             match effect:
                 case Write():
                     self._write(effect)
                 case Kill():
                     self._kill()
+                    came.append(Done())
                 case Start():
                     failed = self._start()
                     if failed is not None:
                         return [failed]  # what followed is overtaken by this
                 case Reply(answer=answer):
                     self._reply = self._answer(answer)
-        return []
+        return came
 
     def _write(self, write: Write) -> None:
         assert isinstance(write.state, DestinationState)

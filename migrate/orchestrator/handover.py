@@ -128,7 +128,15 @@ class CopyDied(Value):
 
 
 DestinationEvent: TypeAlias = (
-    Built | GrantCame | CancelCame | Failed | FirstResumeFailed | CopyDied | Restarted | Resolved
+    Built
+    | GrantCame
+    | CancelCame
+    | Failed
+    | FirstResumeFailed
+    | CopyDied
+    | Restarted
+    | Resolved
+    | Done
 )
 
 # ------------------------------------------------------------------ what is to be done
@@ -166,7 +174,7 @@ class Undo(Value):
 
 
 class Kill(Value):
-    """End our copy and wait until it is gone. On the source: then Done."""
+    """End our copy and wait until it is gone. Then Done."""
 
 
 class Start(Value):
@@ -299,9 +307,9 @@ class DestinationHandover:
             case FirstResumeFailed() if self.state is DestinationState.OWNED:
                 # Nothing ran and nobody was told OWNED: it may still be refused. The record
                 # comes first: a copy found dead later must not be taken for one that ran.
-                return (self.to(DestinationState.REFUSING), Refuse())
-            case Refused() if self.state is DestinationState.REFUSING:
-                return (Kill(), self.to(DestinationState.REFUSED), Reply(answer=Answer.REFUSED))
+                return (self.to(DestinationState.REFUSING), Kill())
+            case Done() if self.state is DestinationState.REFUSING:
+                return (self.to(DestinationState.REFUSED), Reply(answer=Answer.REFUSED))
             case Resolved(source_owns=False) if self.state is DestinationState.PREPARED:
                 return (self.to(DestinationState.OWNED), Start())
             case CopyDied() if self.state is DestinationState.OWNED:
@@ -315,6 +323,8 @@ class DestinationHandover:
             return (Reply(answer=Answer.NO_RECORD),)
         if self.state in _NEVER_RAN:
             return (Reply(answer=Answer.REFUSED),)
+        if self.state is DestinationState.REFUSING:
+            return (Kill(),)
         if self.state is DestinationState.OWNED_DEAD:
             return (Reply(answer=Answer.OWNED_DEAD),)
         if token != self.token or self.state in {
@@ -333,7 +343,7 @@ class DestinationHandover:
     def _restarted(self, copy_present: bool) -> tuple[DestinationEffect, ...]:
         if self.state in _UNGRANTED:
             return (Kill(), self.to(DestinationState.ABORTED))
-        if self.state in _NEVER_RAN:
+        if self.state in _NEVER_RAN or self.state is DestinationState.REFUSING:
             return (Kill(),)  # leavings of a crash between the record and the kill
         if self.state is DestinationState.OWNED:
             if copy_present:

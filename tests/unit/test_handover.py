@@ -190,8 +190,23 @@ def test_a_cancel_never_ends_an_owned_copy() -> None:
 def test_a_failed_first_resume_is_refused_once_the_copy_is_gone() -> None:
     machine = prepared()
     on(machine, GrantCame(token=TOKEN))
-    assert shape(on(machine, FirstResumeFailed())) == ["Kill", "REFUSED", "Reply"]
+    assert shape(on(machine, FirstResumeFailed())) == ["REFUSING", "Kill"]
+    assert shape(on(machine, GrantCame(token=TOKEN))) == ["Kill"]
+    assert shape(on(machine, Done())) == ["REFUSED", "Reply"]
     assert on(machine, GrantCame(token=TOKEN)) == (Reply(answer=Answer.REFUSED),)
+
+
+def test_a_refusal_that_was_decided_is_finished_after_a_restart() -> None:
+    """A copy found dead then is not one that ran: the source gets its process back."""
+    machine = DestinationHandover(D.REFUSING, TOKEN)
+    assert shape(on(machine, Restarted(copy_present=False))) == ["Kill"]
+    assert shape(on(machine, Done())) == ["REFUSED", "Reply"]
+
+
+def test_an_operator_gives_a_prepared_copy_its_life() -> None:
+    machine = prepared()
+    assert on(machine, Resolved(source_owns=True, fenced="b")) == ()
+    assert shape(on(machine, Resolved(source_owns=False, fenced="a"))) == ["OWNED", "Start"]
 
 
 def test_a_copy_that_died_is_never_called_owned_or_refused() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from migrate.dataplane import messages
 from migrate.dataplane.codecs import Decoder
@@ -10,19 +12,12 @@ from migrate.dataplane.frame import MAX_PAYLOAD, Kind, Prefix
 from migrate.dataplane.messages import Codec, Run
 from migrate.dataplane.session import Session
 from migrate.dataplane.wire import FrameReader, FrameWriter
-from migrate.errors import Cancelled, FrameRejected, InsufficientMemory, MigrateError
+from migrate.errors import FrameRejected, InsufficientMemory, MigrateError
 
 _log = logging.getLogger(__name__)
 ACK_BYTES = 2 << 20  # payload bytes placed between acknowledgements
 ACK_FRAMES = 64
-
-
-class WireError(Exception):
-    """The connection failed in the middle of a frame; carries the error."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
+_NOTHING = memoryview(bytearray())
 
 
 class Intake:
@@ -35,43 +30,54 @@ class Intake:
         self.placed = 0  # frames whose effect stands
         self._packed = memoryview(bytearray(MAX_PAYLOAD))
         self._decoder = Decoder()
+        self._target = _NOTHING  # where the run under way goes
         self._unacked_bytes = 0
         self._unacked_frames = 0
 
     def run(self) -> None:
-        """Until the peer ends or errs. Raises EOFError, OSError, MigrateError."""
+        """Until the peer ends or errs. Raises EOFError, OSError, MigrateError.
+
+        What fails while a payload is read was cut or altered on the wire, and the source may
+        come again; what fails before or after it was said by the source itself: refused.
+        """
         while True:
             prefix, meta = self._reader.next()
-            try:
-                self._handle(prefix, meta)
-            except WireError as error:
-                raise error.cause from error
-            except MigrateError as error:
-                self.refuse(error)
-                raise
-            except Exception as error:  # a bug: the source must not try for ever
-                self.refuse(MigrateError(f"the destination failed: {error!r}"))
-                raise
+            with self._refusing():
+                run = self._begin(prefix, meta)
+            if run is not None:
+                self._read_payload(run, prefix)
+                with self._refusing():
+                    self._finish(run, prefix)
             self.placed = self._reader.sequence
             self._acknowledge(prefix)
 
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except MigrateError as error:
+            self.refuse(error)
+            raise
+        except (OSError, EOFError):  # the wire, while answering
+            raise
+        except Exception as error:  # a bug: the source must not try for ever
+            self.refuse(MigrateError(f"the destination failed: {error!r}"))
+            raise
+
     def refuse(self, error: MigrateError) -> None:
         """Tell the source why, now or when it connects again."""
-        self._session.refuse(error)
+        self._session.refuse(error.reason, error.message)
         try:
             self._writer.write(Kind.REFUSE, messages.pack_refuse(error.reason, error.message))
         except OSError as cut:
             _log.debug("could not send the refusal: %s", cut)
 
-    def _handle(self, prefix: Prefix, meta: bytes) -> None:
+    def _begin(self, prefix: Prefix, meta: bytes) -> Run | None:
+        """Check a frame and do what it says; a run is returned whose payload comes next."""
+        self._session.check()
         kind = prefix.kind
-        if self._session.closed:
-            raise Cancelled("the destination closed the session")
-        if self._session.refusal is not None:
-            raise self._session.refusal
         if kind is Kind.DATA:
-            self._store(Run.parse(meta), prefix)
-            return
+            return self._begin_run(Run.parse(meta), prefix)
         if prefix.payload_length:
             raise FrameRejected(f"{kind.name} with a payload")
         if kind is Kind.DECLARE:
@@ -84,6 +90,7 @@ class Intake:
                 self._writer.write(Kind.STATE, messages.pack_state(info, first), state)
         elif kind is not Kind.SYNC:
             raise FrameRejected(f"{kind.name} is not for the destination")
+        return None
 
     def _declare(self, meta: bytes) -> None:
         try:
@@ -91,27 +98,24 @@ class Intake:
         except OSError as error:  # ENOMEM
             raise InsufficientMemory(f"no memory for staging: {error}") from error
 
-    def _store(self, run: Run, prefix: Prefix) -> None:
+    def _begin_run(self, run: Run, prefix: Prefix) -> Run | None:
         staged = self._session.staging.get(run.object_id)
         run.check(staged.info, prefix.payload_length)
         if run.codec is Codec.ZERO:
             staged.store_zeros(run.offset, run.length)
-            return
-        target = staged.begin(run.offset, run.length)
-        if run.codec is Codec.RAW:
-            self._payload(prefix, target)
-        else:
-            packed = self._packed[: prefix.payload_length]
-            self._payload(prefix, packed)
-            self._decoder.decode(run.codec, packed, target)
-        staged.commit(run.offset, run.length, run.digests)
+            return None
+        self._target = staged.begin(run.offset, run.length)
+        return run
 
-    def _payload(self, prefix: Prefix, into: memoryview) -> None:
-        """A payload that does not open was altered on the wire: a cut, not a refusal."""
-        try:
-            self._reader.payload(prefix, into)
-        except (EOFError, OSError, FrameRejected) as error:
-            raise WireError(error) from error
+    def _read_payload(self, run: Run, prefix: Prefix) -> None:
+        raw = run.codec is Codec.RAW
+        self._reader.payload(prefix, self._target if raw else self._packed[: prefix.payload_length])
+
+    def _finish(self, run: Run, prefix: Prefix) -> None:
+        if run.codec is not Codec.RAW:
+            self._decoder.decode(run.codec, self._packed[: prefix.payload_length], self._target)
+        self._session.staging.get(run.object_id).commit(run.offset, run.length, run.digests)
+        self._target = _NOTHING
 
     def _acknowledge(self, prefix: Prefix) -> None:
         self._unacked_bytes += prefix.payload_length

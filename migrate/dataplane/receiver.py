@@ -21,7 +21,7 @@ from migrate.dataplane.frame import AeadFactory, Direction, Kind, Lane, Opener, 
 from migrate.dataplane.intake import Intake
 from migrate.dataplane.session import TAKEOVER_TIMEOUT, Session
 from migrate.dataplane.wire import FrameReader, FrameWriter, deadline
-from migrate.errors import AgentBusy, FrameRejected, MigrateError
+from migrate.errors import AgentBusy, FrameRejected, MigrateError, by_reason
 
 __all__ = ["Receiver", "Session"]
 
@@ -180,7 +180,8 @@ class _Connection:
         writer = FrameWriter(self.channel, Sealer(outward, lanes[1], aead=self._aead))
         intake = self._intake = Intake(session, reader, writer)
         if session.refusal is not None:
-            intake.refuse(session.refusal)
+            reason, message = session.refusal
+            intake.refuse(by_reason(reason)(message))
             return
         writer.write(Kind.WELCOME, messages.pack_welcome(hello.previous, placed))
         intake.run()

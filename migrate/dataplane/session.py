@@ -8,7 +8,7 @@ from typing import Protocol
 from migrate.dataplane import keys
 from migrate.dataplane.channel import Channel
 from migrate.dataplane.staging import Staging
-from migrate.errors import FrameRejected, MigrateError
+from migrate.errors import Cancelled, FrameRejected, by_reason
 
 TAKEOVER_TIMEOUT = 10.0  # seconds for a stream's older connection to end
 
@@ -41,7 +41,7 @@ class Session:
         self.id = session_id
         self.secret = secret
         self.staging = Staging(quota)
-        self.refusal: MigrateError | None = None
+        self.refusal: tuple[str, str] | None = None  # reason code and message
         self.rejected = 0  # frames and hellos that failed a check
         self.closed = False
         self._lock = threading.Lock()
@@ -79,9 +79,16 @@ class Session:
                     state.connection.channel.abort()
                     state.connection.ended.wait(TAKEOVER_TIMEOUT)
 
-    def refuse(self, error: MigrateError) -> None:
+    def refuse(self, reason: str, message: str) -> None:
         """Nothing more is accepted; the source is told why."""
-        self.refusal = self.refusal or error
+        self.refusal = self.refusal or (reason, message)
+
+    def check(self) -> None:
+        """Raises if nothing more is to be accepted."""
+        if self.closed:
+            raise Cancelled("the destination closed the session")
+        if self.refusal is not None:
+            raise by_reason(self.refusal[0])(self.refusal[1])
 
     def close(self) -> None:
         """End the streams and free staging. Idempotent."""

@@ -303,3 +303,27 @@ def test_a_message_that_is_none_is_rejected() -> None:
         left.shutdown(socket.SHUT_WR)
         with pytest.raises(ConnectionResetError):
             transport.receive_message(right)
+
+
+# ---------------------------------------------------------------- many objects
+
+
+def _many(link: Link, count: int) -> list[int]:
+    p = Process(link.paths)
+    p.prepare_queues()
+    gpu = p.gpu_ids[0]
+    for _ in range(count):
+        p.alloc(gpu, PAGE, gpus=[gpu], mapped=False)
+    link.say()
+    link.hear()
+    return []
+
+
+def test_more_bos_than_fds_fit_into_one_message(node: Host) -> None:
+    """Several packets of fds, and a payload in a memfd."""
+    count = 3 * transport.FDS_PER_PACKET
+    child = node.spawn(_many, count)
+    child.hear()
+    with held(child.pid, node.paths) as file:
+        image = raw.dump(file)
+    assert sum(contents is not None for contents in image.contents) == count + 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import signal
 import sys
 import threading
@@ -43,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     from migrate.kfd.sim.machine import build_host  # noqa: PLC0415 (environment first)
     from migrate.kfd.sim.server import Server  # noqa: PLC0415
 
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a BO takes one
     root = options.root.resolve()
     if len(str(root / "dri" / "renderD999")) > SOCKET_PATH_MAX:
         print(f"{root}: too long a path for sockets", file=sys.stderr)

@@ -7,6 +7,7 @@ import errno
 import select
 import socket
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,11 @@ class Runner:
             ctypes.memmove(ctypes.addressof(args), ctypes.addressof(arg), size)
             try:
                 self._call(number, process, args)
+            except OSError:
+                raise
+            except Exception:  # the node must not end by what one caller sent
+                self._host.log("BUG: " + traceback.format_exc())
+                raise error(errno.EIO) from None
             finally:
                 ctypes.memmove(ctypes.addressof(arg), ctypes.addressof(args), size)
 

@@ -131,7 +131,7 @@ class Engine(threading.Thread):
             except GpuFault as fault:
                 self._stop_queue(queue, fault)
                 return False
-            except kernels.IllegalInstruction as error:
+            except Exception as error:  # IllegalInstruction, or a bug of ours
                 self._stop_queue(queue, error)
                 return False
             finally:
@@ -213,7 +213,7 @@ class Engine(threading.Thread):
         with self._host.lock:
             queue.stopped = True
             queue.running = None
-            self._host.log(f"gpu {self._gpu.gpu_id:#x} process {process.pid}: {error}")
+            self._host.log(f"gpu {self._gpu.gpu_id:#x} process {process.pid}: {error!r}")
             if isinstance(error, GpuFault):
                 self._signal_fault(queue, error)
             else:

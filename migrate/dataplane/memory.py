@@ -229,7 +229,10 @@ class _Window:
                 self._map.close()
                 self._map = None
             length_mapped = min(WINDOW, self._size - start)
-            self._map = mmap.mmap(self._fd, length_mapped, offset=self._base + start)
+            try:
+                self._map = mmap.mmap(self._fd, length_mapped, offset=self._base + start)
+            except ValueError as error:  # Python looks at a file's size before it maps
+                raise OSError(errno.EFAULT, f"Bad address: the object shrank: {error}") from error
             self._start = start
         return memoryview(self._map)[offset - start : offset - start + length]
 

@@ -1,0 +1,172 @@
+"""The sides of the MemoryAccess seam, and that no vanished page ends the agent."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from migrate.dataplane.access import MemoryAccess
+from migrate.dataplane.memory import WINDOW, BytesAccess, MmapAccess, ProcessMemoryAccess
+
+SIZE = 2 * WINDOW + 12345
+
+
+def memfd() -> int:
+    fd = os.memfd_create("object", os.MFD_CLOEXEC)
+    os.ftruncate(fd, SIZE)
+    return fd
+
+
+class OnlyMmap(MmapAccess):
+    """As a dmabuf: no read method."""
+
+    def _readable(self) -> bool:
+        return False
+
+
+class NoGup(OnlyMmap):
+    """As VRAM that TTM maps: process_vm_readv answers EFAULT."""
+
+    def _window(self) -> object:  # type: ignore[override]
+        window = super()._window()
+        if window._scratch < 0:
+            window._scratch = os.memfd_create("scratch", os.MFD_CLOEXEC)
+        return window
+
+
+KEPT: list[object] = []
+
+
+def own_memory() -> ProcessMemoryAccess:
+    block = mmap.mmap(-1, SIZE)
+    KEPT.append(block)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(block))
+    return ProcessMemoryAccess(os.getpid(), address, SIZE)
+
+
+MAKERS: dict[str, Callable[[], MemoryAccess]] = {
+    "file": lambda: MmapAccess(memfd(), SIZE),
+    "mmap": lambda: OnlyMmap(memfd(), SIZE),
+    "mmap of device memory": lambda: NoGup(memfd(), SIZE),
+    "process": own_memory,
+    "bytes": lambda: BytesAccess(bytearray(SIZE)),
+}
+
+
+@pytest.fixture(params=sorted(MAKERS))
+def access(request: pytest.FixtureRequest) -> MemoryAccess:
+    return MAKERS[request.param]()
+
+
+def read(access: MemoryAccess, offset: int, length: int) -> bytes:
+    data = bytearray(length)
+    access.read(offset, memoryview(data))
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [
+        (0, SIZE),
+        (0, 0),
+        (1, 1),
+        (WINDOW - 3, 7),
+        (WINDOW - 1, WINDOW + 2),
+        (SIZE - 5, 5),
+        (SIZE, 0),
+    ],
+)
+@pytest.mark.parametrize("writable", [True, False])
+def test_what_is_written_is_read(
+    access: MemoryAccess, offset: int, length: int, writable: bool
+) -> None:
+    data = os.urandom(length)
+    access.write(offset, memoryview(bytearray(data)) if writable else memoryview(data))
+    assert read(access, offset, length) == data
+    assert read(access, 0, offset) == bytes(offset)
+    access.close()
+
+
+@pytest.mark.parametrize(("offset", "length"), [(SIZE, 1), (-1, 1), (SIZE - 4, 5), (0, SIZE + 1)])
+def test_nothing_outside_is_reached(access: MemoryAccess, offset: int, length: int) -> None:
+    with pytest.raises(OSError, match="object of") as caught:
+        access.read(offset, memoryview(bytearray(length)))
+    assert caught.value.errno == errno.EINVAL
+    with pytest.raises(OSError, match="object of"):
+        access.write(offset, memoryview(bytearray(length)))
+    access.close()
+
+
+@pytest.mark.parametrize("kind", [MmapAccess, OnlyMmap, NoGup])
+def test_pages_that_are_gone_are_an_error_and_no_signal(kind: type[MmapAccess]) -> None:
+    fd = memfd()
+    access = kind(fd, SIZE)
+    assert read(access, 0, 10) == bytes(10)
+    os.ftruncate(fd, 4096)
+    with pytest.raises(OSError, match=r"EFAULT|Bad address|ends before") as caught:
+        read(access, WINDOW // 2, 1 << 20)
+    assert caught.value.errno == errno.EFAULT
+    access.close()
+
+
+@pytest.mark.parametrize("kind", [OnlyMmap, NoGup])
+def test_writing_to_pages_that_are_gone_is_an_error_too(kind: type[MmapAccess]) -> None:
+    fd = memfd()
+    access = kind(fd, SIZE)
+    os.ftruncate(fd, 4096)
+    with pytest.raises(OSError, match="Bad address"):
+        access.write(WINDOW // 2, memoryview(bytearray(100)))
+    access.close()
+
+
+def test_a_range_of_another_process() -> None:
+    code = (
+        "import ctypes,sys\n"
+        "b = ctypes.create_string_buffer(b'hello from there', 4096)\n"
+        "print(ctypes.addressof(b), flush=True)\n"
+        "sys.stdin.read()\n"
+        "print(b.value.decode(), flush=True)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    access = ProcessMemoryAccess(child.pid, int(child.stdout.readline()), 4096)
+    assert read(access, 0, 16) == b"hello from there"
+    access.write(6, memoryview(b"FROM"))
+    out, _ = child.communicate("")
+    assert out.strip() == "hello FROM there"
+    with pytest.raises(OSError, match="process_vm_readv"):
+        read(access, 0, 16)
+
+
+def test_the_mapping_stays_small() -> None:
+    access = OnlyMmap(memfd(), SIZE)
+    read(access, 0, SIZE)
+    with open("/proc/self/maps") as maps:
+        sizes = [
+            int(end, 16) - int(start, 16)
+            for line in maps
+            if "/memfd:object" in line
+            for start, end in [line.split()[0].split("-")]
+        ]
+    assert sum(sizes) <= WINDOW
+    access.close()
+
+
+def test_close_is_idempotent_and_closes_what_it_owns() -> None:
+    fd = memfd()
+    MmapAccess(fd, SIZE, own=False).close()
+    access = MmapAccess(fd, SIZE)
+    access.close()
+    access.close()
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(fd)

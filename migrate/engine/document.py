@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from migrate.engine.seam import MovedBo, MovedGpu
@@ -67,11 +69,15 @@ def moved(
         if same_file and bo.offset <= mapping.offset < bo.offset + bo.size:
             offset = bo.restored_offset + mapping.offset - bo.offset
             return msgspec.structs.replace(mapping, offset=offset)
-    kind = mapping.offset & uapi.KFD_MMAP_TYPE_MASK
-    if mapping.gpu_id == KFD and kind == uapi.KFD_MMAP_TYPE_DOORBELL:
-        actual = {gpu.source_gpu_id: gpu.gpu_id for gpu in gpus}
-        now = actual.get(uapi.KFD_MMAP_GET_GPU_ID(mapping.offset))
-        if now is not None:
-            rest = mapping.offset & ~uapi.KFD_MMAP_GPU_ID_MASK
-            return msgspec.structs.replace(mapping, offset=rest | uapi.KFD_MMAP_GPU_ID(now))
+    if mapping.gpu_id == KFD:
+        offset = with_gpu(mapping.offset, {gpu.source_gpu_id: gpu.gpu_id for gpu in gpus})
+        return msgspec.structs.replace(mapping, offset=offset)
     return mapping
+
+
+def with_gpu(offset: int, gpu_ids: Mapping[int, int]) -> int:
+    """An offset in /dev/kfd with its gpu_id replaced, if it is one of doorbells and known."""
+    now = gpu_ids.get(uapi.KFD_MMAP_GET_GPU_ID(offset))
+    if now is None or offset & uapi.KFD_MMAP_TYPE_MASK != uapi.KFD_MMAP_TYPE_DOORBELL:
+        return offset
+    return offset & ~uapi.KFD_MMAP_GPU_ID_MASK | uapi.KFD_MMAP_GPU_ID(now)

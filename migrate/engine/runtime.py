@@ -39,9 +39,10 @@ from typing import Self, TypeVar
 
 import msgspec
 
-from migrate.engine.document import KFD, Arena, Document, FileMapping, Finish, moved
+from migrate.engine.document import KFD, Arena, Document, FileMapping, Finish, moved, with_gpu
 from migrate.engine.marker import Marker
 from migrate.engine.trampoline import EXECUTOR_FD, Trampoline, map_private
+from migrate.errors import UsageError
 from migrate.kfd.file import KfdFile, open_device
 from migrate.model import HostPaths
 
@@ -72,6 +73,7 @@ class Runtime:
         self._mappings: tuple[FileMapping, ...] = ()
         self._arenas: tuple[Arena, ...] = ()
         self._next_address = FIRST_ADDRESS
+        self._actual_ids: dict[int, int] = {}  # by the gpu_ids that the process knows
         self._state: object = None
         self._encoded = b""
         self._indivisible = 0
@@ -153,7 +155,13 @@ class Runtime:
         return address
 
     def map(self, gpu_id: int, offset: int, length: int, address: int) -> None:
-        """Map device memory: of a GPU's render node, or of /dev/kfd (gpu_id 0)."""
+        """Map device memory: of a GPU's render node, or of /dev/kfd (gpu_id 0).
+
+        CREATE_QUEUE gives the offset of doorbells with the id the process knows, mmap
+        wants the actual one (kfd_chardev.c of 6.1): after a move they differ.
+        """
+        if gpu_id == KFD:
+            offset = with_gpu(offset, self._actual_ids)
         mapping = FileMapping(gpu_id=gpu_id, offset=offset, address=address, length=length)
         with self.indivisible():
             self._map(mapping)
@@ -236,6 +244,7 @@ class Runtime:
         document = finish.document
         self._kfd = trampoline.kfd
         self._nodes = {gpu.user_gpu_id: trampoline.nodes[gpu.drm_fd] for gpu in finish.gpus}
+        self._actual_ids = {gpu.user_gpu_id: gpu.gpu_id for gpu in finish.gpus}
         self._mappings = tuple(moved(m, finish.gpus, finish.bos) for m in document.mappings)
         self._arenas = document.arenas
         self._next_address = document.next_address
@@ -265,6 +274,8 @@ def _name_tracer() -> None:
     """Let the agent's helper trace this process where Yama would forbid it."""
     wanted = os.environ.get(PTRACER)
     if wanted:
+        if wanted != "any" and not wanted.isdecimal():
+            raise UsageError(f"{PTRACER}={wanted}: neither a pid nor `any`")
         number = _PR_SET_PTRACER_ANY if wanted == "any" else int(wanted)
         # Without Yama the kernel answers EINVAL and needs no permission.
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(number), 0, 0, 0)

@@ -280,6 +280,12 @@ def wait_events(runtime: Runtime, events: Sequence[Event]) -> None:
     runtime.kfd.ioctl(uapi.AMDKFD_IOC_WAIT_EVENTS, args)
 
 
+def set_event(runtime: Runtime, event: Event) -> None:
+    """Set an event, as the GPU would. Raises OSError."""
+    args = uapi.kfd_ioctl_set_event_args(event_id=event.event_id)
+    runtime.kfd.ioctl(uapi.AMDKFD_IOC_SET_EVENT, args)
+
+
 def prepare_signal(address: int, event: Event | None = None) -> None:
     """A signal of value 1 at *address* that sets *event* when it becomes 0."""
     signal = amd_signal(kind=AMD_SIGNAL_KIND_USER, value=1)

@@ -18,8 +18,6 @@ import argparse
 import json
 import os
 import signal
-import socket
-import stat
 import struct
 import sys
 import threading
@@ -54,12 +52,13 @@ class Waiter(threading.Thread):
         self._runtime = runtime
         self._events = events
         self.told = threading.Event()
+        self._ended = False
         self.error: OSError | None = None
 
     def run(self) -> None:
         """Until the process ends."""
         signal.pthread_sigmask(signal.SIG_BLOCK, {SIGNAL})  # it is the main thread's
-        while self.error is None:
+        while self.error is None and not self._ended:
             try:
                 device.wait_events(self._runtime, self._events)
             except InterruptedError:
@@ -67,6 +66,13 @@ class Waiter(threading.Thread):
             except OSError as error:
                 self.error = error
             self.told.set()
+
+    def end(self) -> None:
+        """End the thread."""
+        self._ended = True
+        while self.is_alive():
+            device.set_event(self._runtime, self._events[0])
+            self.join(0.1)
 
     def wait_until(self, reached: Callable[[], bool]) -> None:
         """Return when *reached* is true, looking again at each event. Raises OSError."""
@@ -252,6 +258,9 @@ class Training:
         return replace(record, recent=(digest,), hashed=record.hashed + 1)
 
     def _do_report(self, record: Record) -> None:
+        if self.waiter is not None:
+            self.waiter.end()
+            self.waiter = None
         os.ftruncate(self.log, record.log_offset)
         os.fsync(self.log)
         report = {
@@ -300,20 +309,8 @@ def _counters(record: Record) -> tuple[int, ...]:
 
 
 def count_fds() -> int:
-    """Open files of this process, without the nameless sockets that an ioctl to the
-    simulated node opens while it is under way.
-    """
-    return sum(not _is_nameless(int(name)) for name in os.listdir("/proc/self/fd"))
-
-
-def _is_nameless(fd: int) -> bool:
-    try:
-        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-            return False
-        with socket.socket(fileno=os.dup(fd)) as found:
-            return not found.getpeername()
-    except OSError:
-        return True  # the folder that was listed, or closed since
+    """Open files of this process. Exact while no other thread is in an ioctl."""
+    return len(os.listdir("/proc/self/fd")) - 1  # the folder itself
 
 
 # ---------------------------------------------------------------- what is made, and in what order

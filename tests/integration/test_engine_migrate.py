@@ -15,13 +15,21 @@ import msgspec
 import pytest
 
 from migrate.engine import procfs
+from migrate.engine.marker import Marker
 from migrate.engine.reexec import ReexecEngine, decode_document
-from migrate.errors import FreezeTimeout, NoSuchProcess, NotKfdProcess, RestoreFailed
+from migrate.errors import (
+    EngineUnsupported,
+    FreezeTimeout,
+    NoSuchProcess,
+    NotKfdProcess,
+    RestoreFailed,
+)
 from migrate.kfd.file import find_kfd_fds
 from migrate.model import ProcessRef
 from scenarios.workloads.record import Record
 from tests.integration.engine_rig import (
     Host,
+    Job,
     build,
     hosts,
     job,
@@ -52,6 +60,61 @@ def test_frozen_and_thawed_at_any_moment_loses_nothing(trio: list[Host], tmp_pat
         found.compare(found.finish())
 
 
+def record_of(engine: ReexecEngine, process: ProcessRef) -> Record | None:
+    """The record of a process that is frozen by this, None if it committed none yet."""
+    state = decode_document(engine.freeze(process).state).state
+    return msgspec.msgpack.decode(state, type=Record) if state else None
+
+
+def marked(found: Job) -> ProcessRef:
+    """The process, as soon as it can be frozen."""
+    process = procfs.reference(found.popen.pid)
+
+    def has_marker() -> bool:
+        try:
+            Marker.of(process).close()
+        except EngineUnsupported:
+            return False
+        return True
+
+    until(has_marker, "a marker")
+    return process
+
+
+def test_frozen_all_through_its_set_up_it_makes_everything_once(
+    trio: list[Host], tmp_path: Path
+) -> None:
+    engine = trio[0].engine
+    with job(trio[0], tmp_path, "early") as found:
+        process = marked(found)
+        seen = set()
+        while (record := record_of(engine, process)) is None or record.phase == "setup":
+            seen.add(record.made if record else -1)
+            engine.thaw(process)
+        engine.thaw(process)
+        assert len(seen) > 3, "it was not frozen in its set-up"
+        found.running()
+        found.compare(found.finish())
+
+
+def test_moved_in_its_set_up_it_goes_on_with_the_next_object(
+    trio: list[Host], tmp_path: Path
+) -> None:
+    a, b, _ = trio
+    for attempt in range(20):
+        with job(a, tmp_path, f"early{attempt}") as found:
+            process = marked(found)
+            while (record := record_of(a.engine, process)) is None or record.made < 5:
+                a.engine.thaw(process)
+            if record.phase != "setup":
+                continue  # too late, it is through
+            moved = migrate(a, b, process)
+            found.moved_to(moved)
+            found.compare(found.finish())
+            return
+    pytest.fail("never caught in its set-up")
+
+
 def test_frozen_stays_frozen_for_another_agent_and_foreign_signals(
     trio: list[Host], tmp_path: Path
 ) -> None:
@@ -70,12 +133,6 @@ def test_frozen_stays_frozen_for_another_agent_and_foreign_signals(
         found.running()
 
 
-def read_counters(engine: ReexecEngine, process: ProcessRef) -> tuple[int, ...]:
-    """The persistent kernels' counters when the process last looked."""
-    document = decode_document(engine.freeze(process).state)
-    return msgspec.msgpack.decode(document.state, type=Record).counters
-
-
 @pytest.mark.parametrize("attempt", range(3))
 def test_moved_it_ends_like_the_twin_that_never_moved(
     trio: list[Host], tmp_path: Path, attempt: int
@@ -83,14 +140,17 @@ def test_moved_it_ends_like_the_twin_that_never_moved(
     a, b, _ = trio
     with job(a, tmp_path, "moved") as found:
         process = found.running(random.randrange(1, 60))
-        counters = read_counters(a.engine, process)
+        record = record_of(a.engine, process)
+        assert record is not None
+        fds = len(os.listdir("/proc/self/fd"))
         moved = migrate(a, b, process)
+        assert len(os.listdir("/proc/self/fd")) == fds
         assert not a.engine.is_alive(process)
         found.moved_to(moved)
         report = found.finish()
     assert report["pids"] == [process.pid, moved.pid]
     assert set(report["actual_gpu_ids"]).isdisjoint(report["gpu_ids"])
-    assert all(now > then for now, then in zip(report["counters"], counters, strict=True))
+    assert all(now > then for now, then in zip(report["counters"], record.counters, strict=True))
     found.compare(report)
 
 

@@ -44,6 +44,8 @@ def evict_device(host: Host, device: DeviceData) -> None:
     device.evicted += 1
     if device.evicted > 1:
         return
+    if device.gpu.hws_hang:
+        raise _error(errno.EIO)
     if not device.queues:
         return
     execute_queues(host, device.gpu)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +33,19 @@ END_TIMEOUT = 20.0  # seconds for one to end after SIGTERM
 LOOPBACK = "127.0.0.1"
 
 
+@dataclass(frozen=True)
+class AgentSetup:
+    """How an agent differs from an ordinary one, for drills of what goes wrong.
+
+    ``settings`` are keys of its configuration file, ``tls`` its certificate instead of one
+    of the throwaway authority, ``prelude`` Python that its process runs first.
+    """
+
+    settings: Mapping[str, object] = field(default_factory=dict)
+    tls: TlsFiles | None = None
+    prelude: str = ""
+
+
 @dataclass
 class SimulatedHost:
     """One host: its folder, its node, and its agent while that runs."""
@@ -42,6 +55,7 @@ class SimulatedHost:
     node: subprocess.Popen[bytes]
     agent: subprocess.Popen[bytes] | None = None
     address: str = ""
+    setup: AgentSetup = AgentSetup()
 
     @property
     def paths(self) -> HostPaths:
@@ -105,6 +119,7 @@ class Cluster:
         *,
         slot_offset: int | None = None,
         node_options: Sequence[str] = (),
+        setup: AgentSetup | None = None,
     ) -> SimulatedHost:
         """Start a node and its agent. Other slots give other gpu_ids on each host."""
         offset = len(self.hosts) * 3 if slot_offset is None else slot_offset
@@ -122,16 +137,23 @@ class Cluster:
         )  # fmt: skip
         host = SimulatedHost(name, root, node)
         self.hosts[name] = host
-        self.start_agent(name)
+        self.start_agent(name, setup)
         return host
 
-    def start_agent(self, name: str) -> SimulatedHost:
-        """Start the agent of a host, or start it again on the same journal and port."""
+    def start_agent(self, name: str, setup: AgentSetup | None = None) -> SimulatedHost:
+        """Start the agent of a host, or start it again on the same journal and port.
+
+        A *setup* holds for later starts, too.
+        """
         host = self.hosts[name]
+        host.setup = setup or host.setup
         config = self.folder / f"{name}.toml"
         config.write_text(self._config(host))
+        program = ["-m", "migrate"]
+        if host.setup.prelude:
+            program = ["-c", f"{host.setup.prelude}\nfrom migrate.cli.main import main\nmain()"]
         host.agent = self._start(
-            ["-m", "migrate", "agent", "serve", "--config", str(config)],
+            [*program, "agent", "serve", "--config", str(config)],
             self.folder / f"{name}.agent.log",
         )
         host.address = self._ready.strip().decode()
@@ -168,13 +190,14 @@ class Cluster:
     # ------------------------------------------------------------ inside
 
     def _config(self, host: SimulatedHost) -> str:
-        tls = self.certificate(host.name, Role.AGENT)
-        values = {
+        tls = host.setup.tls or self.certificate(host.name, Role.AGENT)
+        values: dict[str, object] = {
             "name": host.name,
             "listen": host.address or f"{LOOPBACK}:0",
             "data_listen": f"{LOOPBACK}:0",
             "root": str(host.root),
             "allow_from": [name for name in self.names if name != host.name],
+            **host.setup.settings,
         }
         lines = [f"{key} = {msgspec.json.encode(value).decode()}" for key, value in values.items()]
         lines.append("[tls]")

@@ -34,7 +34,12 @@ PR_SET_PTRACER = 0x59616D61
 PR_SET_PTRACER_ANY = ctypes.c_ulong(-1).value
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.conformance.target", "migrate.kfd.sim.client"])
+_context.set_forkserver_preload(
+    [
+        "migrate.kfd.sim.client",
+        *(f"tests.conformance.test_{part}" for part in ("dump", "restore", "surprises", "work")),
+    ]
+)
 
 
 class Link:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
-import time
 from collections.abc import Callable
 
 from migrate.dataplane.receiver import Receiver
 from migrate.errors import AgentBusy, MigrateError, UnknownMigration
 from migrate.model import GpuMap
+from migrate.orchestrator.clock import Thread
 from migrate.orchestrator.destination import (
     CopyRecord,
     DestinationMigration,
     DestinationRecord,
     SourceRecord,
 )
-from migrate.orchestrator.handover import DestinationHandover, Restarted
+from migrate.orchestrator.handover import DestinationHandover
 from migrate.orchestrator.host import Host
 from migrate.orchestrator.peer import Peer
 from migrate.orchestrator.plan import Needs, Options
@@ -51,14 +50,14 @@ class Destinations:
         self._receiver = receiver
         self._data = data  # host (empty: the one of the control channel) and port
         self._dial = dial
-        self._lock = threading.Lock()
+        self._lock = host.clock.lock()
         self._live: dict[str, DestinationMigration] = {}
-        self._stop = threading.Event()
-        self._upkeep = threading.Thread(target=self._look_after, name="upkeep", daemon=True)
+        self._stop = host.clock.event()
+        self._upkeep: Thread | None = None
 
     def start(self) -> None:
         """Begin to look after what waits."""
-        self._upkeep.start()
+        self._upkeep = self._host.clock.start("upkeep", self._look_after)
 
     def reserve(
         self,
@@ -113,12 +112,9 @@ class Destinations:
     def recover(self) -> None:
         """End copies that were never granted; let owned ones run."""
         for migration in self._host.journal.migrations():
-            if self._host.journal.last(migration, "destination") is None:
-                continue
-            found = self.get(migration)
-            present = found.copy is not None and self._host.engine.is_alive(found.copy.process)
             try:
-                found.feed(Restarted(copy_present=present))
+                if self._host.journal.last(migration, "destination") is not None:
+                    self.get(migration).go_on()
             except MigrateError as error:
                 _log.error("recovering %s: %s", migration, error)
 
@@ -131,7 +127,7 @@ class Destinations:
     def stop(self) -> None:
         """Stop looking; what waits stays as it is and is recovered at the next start."""
         self._stop.set()
-        if self._upkeep.is_alive():
+        if self._upkeep is not None:
             self._upkeep.join(timeout=10)
 
     def _from_journal(self, migration: str) -> DestinationMigration | None:
@@ -152,10 +148,13 @@ class Destinations:
     def _look_after(self) -> None:
         while not self._stop.wait(UPKEEP):
             with self._lock:
-                waiting = [m for m in self._live.values() if m.machine.state in UNGRANTED]
-            for migration in waiting:
+                live = list(self._live.values())
+            for migration in live:
                 try:
-                    self._ask_source(migration)
+                    if migration.machine.state in UNGRANTED:
+                        self._ask_source(migration)
+                    elif migration.unfinished:
+                        migration.go_on()
                 except MigrateError as error:
                     _log.error("looking after %s: %s", migration.id, error)
 
@@ -164,7 +163,7 @@ class Destinations:
 
         A prepared copy is kept while the source can't be reached: it may be the only one.
         """
-        silent = time.monotonic() - migration.last_heard
+        silent = self._host.clock.monotonic() - migration.last_heard
         if silent < SILENCE:
             return
         source = migration.source
@@ -178,4 +177,4 @@ class Destinations:
         if said.store_id == source.store_id and said.state in NOT_GRANTED:
             migration.cancel()
         elif said.store_id == source.store_id and said.state:
-            migration.last_heard = time.monotonic()
+            migration.last_heard = self._host.clock.monotonic()

@@ -130,8 +130,7 @@ class OperatorServicer(agent_pb2_grpc.AgentServicer):
                 f"it has ended: {report.status}, the process is at: {report.running}",
             )
         live = self._sources.get(migration)
-        live.cancel.set()
-        if state in (SourceState.GRANTED, SourceState.RELEASING):
+        if not live.abort():
             return (
                 agent_pb2.AbortReply.TOO_LATE,
                 "the grant was given: only the destination's answer decides now",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
-import threading
 from collections.abc import Callable
 
 from migrate.dataplane.channel import Channel, connect_tcp
 from migrate.dataplane.sender import Sender
 from migrate.engine.seam import Survey
-from migrate.errors import AgentBusy, SameHost, UnknownMigration
+from migrate.errors import AgentBusy, MigrateError, SameHost, UnknownMigration
 from migrate.model import Value
+from migrate.orchestrator.clock import Thread
 from migrate.orchestrator.handover import SourceHandover
 from migrate.orchestrator.host import Host
 from migrate.orchestrator.peer import Peer, Reservation
@@ -19,6 +20,8 @@ from migrate.orchestrator.source import SourceMigration
 from migrate.orchestrator.source_handover import StateRecord
 from migrate.report import Report
 from migrate.status import SourceState
+
+_log = logging.getLogger(__name__)
 
 PeerFactory = Callable[[str, str], Peer]  # name, address
 ENDED_STATES = frozenset({SourceState.DONE, SourceState.ROLLED_BACK})
@@ -39,9 +42,9 @@ class Sources:
     def __init__(self, host: Host, dial: PeerFactory) -> None:
         self._host = host
         self._dial = dial
-        self._lock = threading.Lock()
+        self._lock = host.clock.lock()
         self._live: dict[str, SourceMigration] = {}
-        self._threads: dict[str, threading.Thread] = {}
+        self._threads: dict[str, Thread] = {}
 
     def start(self, pid: int, destination: str, address: str, options: Options, key: str) -> str:
         """Begin a migration; the id of the one begun before for the same *key*.
@@ -74,23 +77,34 @@ class Sources:
             return migration
 
     def recover(self) -> list[str]:
-        """Go on with every migration that had not ended. Returns their ids."""
+        """Go on with every migration that had not ended. Returns their ids.
+
+        One whose record can't be read is not touched: its process may be granted.
+        """
         found = []
         for migration in self._host.journal.migrations():
-            request = self._host.journal.last(migration, "request")
-            if request is None:
+            try:
+                built = self._recovered(migration)
+            except MigrateError as error:
+                _log.error("migration %s is left as it is: %s", migration, error)
                 continue
-            state = self._state(migration)
-            if state is not None and state.state in ENDED_STATES:
-                continue
-            machine = SourceHandover(SourceState.SETUP)
-            if state is not None:
-                machine = SourceHandover(state.state, state.token, state.store_id)
-            built = self._build(migration, request.decode(RequestRecord), machine)
-            with self._lock:
-                self._launch(built, restarted=True)
-            found.append(migration)
+            if built is not None:
+                with self._lock:
+                    self._launch(built, restarted=True)
+                found.append(migration)
         return found
+
+    def _recovered(self, migration: str) -> SourceMigration | None:
+        request = self._host.journal.last(migration, "request")
+        if request is None:
+            return None
+        state = self._state(migration)
+        if state is not None and state.state in ENDED_STATES:
+            return None
+        machine = SourceHandover(SourceState.SETUP)
+        if state is not None:
+            machine = SourceHandover(state.state, state.token, state.store_id)
+        return self._build(migration, request.decode(RequestRecord), machine)
 
     def get(self, migration: str) -> SourceMigration:
         """A migration of this run of the agent. Raises UnknownMigration."""
@@ -171,13 +185,9 @@ class Sources:
 
     def _launch(self, migration: SourceMigration, *, restarted: bool) -> None:
         self._live[migration.id] = migration
-        thread = threading.Thread(
-            target=migration.resume if restarted else migration.run,
-            name=f"migrate-{migration.id}",
-            daemon=True,
+        self._threads[migration.id] = self._host.clock.start(
+            f"migrate-{migration.id}", migration.resume if restarted else migration.run
         )
-        self._threads[migration.id] = thread
-        thread.start()
 
     def _sender(self, migration: str, reservation: Reservation, options: Options) -> Sender:
         def connect(_stream: int) -> Channel:

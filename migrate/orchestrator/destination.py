@@ -7,8 +7,6 @@ that is under way. What the handover machine answers is performed here, in order
 from __future__ import annotations
 
 import secrets
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -23,8 +21,9 @@ from migrate.errors import (
     RestoreFailed,
     VerificationFailed,
 )
-from migrate.kfd.process import KfdCheckpoint, KfdProcess, Restored, RestoreProof, resume
+from migrate.kfd.process import KfdCheckpoint, KfdProcess, Restored, RestoreProof
 from migrate.model import ProcessRef, Value
+from migrate.orchestrator.clock import Clock
 from migrate.orchestrator.handover import (
     Answer,
     Built,
@@ -39,6 +38,7 @@ from migrate.orchestrator.handover import (
     GrantCame,
     Kill,
     Reply,
+    Restarted,
     Start,
     Write,
 )
@@ -93,13 +93,15 @@ class DestinationMigration:
         self.machine = machine
         self.source = source
         self.copy = copy
-        self.last_heard = time.monotonic()
+        self.last_heard = host.clock.monotonic()
+        self.unfinished = False  # what was decided is not done yet: see go_on()
+        self._untouched = False  # OWNED was written by us, and no RESUME was sent
         self._staging = staging
         self._close_session = close_session
-        self._cancel = threading.Event()
-        self._lock = threading.RLock()
+        self._cancel = host.clock.event()
+        self._lock = host.clock.lock()
         self._held: HeldProcess | None = None
-        self._clock = _Laps()
+        self._clock = _Laps(host.clock)
         self._verified = 0
         self._released_at = 0.0
         self._reply: GrantReply | None = None
@@ -115,17 +117,19 @@ class DestinationMigration:
     def restore(self, order: RestoreOrder, manifest: Mapping[int, bytes]) -> PreparedReply:
         """Build the copy, place and verify its memory, hold it. On failure nothing is left."""
         with self._lock:
-            self.last_heard = time.monotonic()
+            self.last_heard = self.host.clock.monotonic()
+            if self.machine.state is not DestinationState.RESERVED:
+                raise MigrationFailed(f"this attempt is {self.machine.state} and can't be restored")
             self._write(self.machine.to(DestinationState.RESTORING))
             try:
                 self._build(order, manifest)
+                self.feed(Built(token=secrets.token_bytes(16)))
             except BaseException as error:
                 self.feed(Failed(why=str(error)))
                 if isinstance(error, MigrateError):
                     raise
                 raise RestoreFailed(f"{type(error).__name__}: {error}") from error
-            self.feed(Built(token=secrets.token_bytes(16)))
-            self.last_heard = time.monotonic()
+            self.last_heard = self.host.clock.monotonic()
             return PreparedReply(
                 store_id=self.host.journal.store_id,
                 token=self.machine.token,
@@ -135,8 +139,11 @@ class DestinationMigration:
     def grant(self, token: bytes) -> GrantReply:
         """The source gives the process away. Raises MigrationFailed for a stale token."""
         with self._lock:
-            self.last_heard = time.monotonic()
+            self.last_heard = self.host.clock.monotonic()
             self._reply = None
+            if self.machine.state is DestinationState.PREPARED and not self.is_present():
+                # Nothing of it ran: the source may have its process back at once.
+                self.feed(Failed(why="the copy died while it was held"))
             self.feed(GrantCame(token=token))
             if self._reply is None:
                 raise MigrationFailed(
@@ -156,7 +163,7 @@ class DestinationMigration:
 
     def figures(self) -> DestinationFigures:
         """What was measured here."""
-        after = time.monotonic() - self._released_at if self._released_at else 0.0
+        after = self.host.clock.monotonic() - self._released_at if self._released_at else 0.0
         return DestinationFigures(
             pid=self.copy.process.pid if self.copy else None,
             build=self._clock["build"],
@@ -179,8 +186,18 @@ class DestinationMigration:
         """Tell the machine and perform what it answers."""
         with self._lock:
             pending: list[DestinationEvent] = [event]
+            self.unfinished = True
             while pending:
                 pending.extend(self._perform(self.machine.on(pending.pop(0))))
+            self.unfinished = False
+
+    def is_present(self) -> bool:
+        """Whether a copy was built and is alive."""
+        return self.copy is not None and self.host.engine.is_alive(self.copy.process)
+
+    def go_on(self) -> None:
+        """After a restart, and after a decision could not be carried out: do what it needs."""
+        self.feed(Restarted(copy_present=self.is_present()))
 
     def _perform(self, effects: Sequence[DestinationEffect]) -> list[DestinationEvent]:
         came: list[DestinationEvent] = []
@@ -204,6 +221,7 @@ class DestinationMigration:
         record = DestinationRecord(state=write.state, token=write.token)
         self.host.journal.append(self.id, "destination", record)
         self.machine.wrote(write)
+        self._untouched = write.state is DestinationState.OWNED
 
     def _kill(self) -> None:
         if self.copy is not None:
@@ -221,12 +239,26 @@ class DestinationMigration:
                 self._resume_all(self.copy.restored)
             except MigrateError as error:
                 self._why = str(error)
-                # Queues start only by RESUME and tasks only by the thaw below.
+                if not self._never_ran(copy, error):
+                    raise  # somebody asks again
                 return FirstResumeFailed()
+            self._untouched = False
             self.host.engine.thaw(copy)
-            self._released_at = time.monotonic()
+            self._released_at = self.host.clock.monotonic()
             self._drop_staging()
         return None if self.host.engine.is_alive(copy) else CopyDied()
+
+    def _never_ran(self, copy: ProcessRef, error: MigrateError) -> bool:
+        """Whether a failed first RESUME proves that nothing of the copy ever ran.
+
+        Queues start only by RESUME and tasks only by the thaw after it. An agent that was
+        restarted can't know by itself what the one before it did. But KFD takes a second
+        RESUME for an error of its own (see ``resume``), so another error of the first one
+        means that there was none, and the tasks can be seen to be held.
+        """
+        if self._untouched:
+            return True
+        return isinstance(error, RestoreFailed) and self.host.engine.is_frozen(copy)
 
     def _resume_all(self, proofs: Sequence[RestoreProof]) -> None:
         """RESUME all; raises only if the very first failed, so that nothing runs."""
@@ -234,7 +266,7 @@ class DestinationMigration:
         try:
             for position, proof in enumerate(proofs):
                 try:
-                    resume(kfd, proof.process.pid, proof)
+                    self.host.resume(kfd, proof)
                 except MigrateError as error:
                     if position == 0:
                         raise
@@ -386,15 +418,16 @@ def _moved_bos(order: RestoreOrder, restored: Sequence[Restored]) -> list[MovedB
 class _Laps:
     """Seconds by name, by the monotonic clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._since = 0.0
         self._laps: dict[str, float] = {}
 
     def begin(self) -> None:
-        self._since = time.monotonic()
+        self._since = self._clock.monotonic()
 
     def lap(self, name: str) -> None:
-        now = time.monotonic()
+        now = self._clock.monotonic()
         self._laps[name] = now - self._since
         self._since = now
 

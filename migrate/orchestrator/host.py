@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from migrate.engine.seam import ProcessEngine
 from migrate.journal import Journal
 from migrate.kfd.file import KfdFile, open_device
 from migrate.kfd.probe import bo_record_size
+from migrate.kfd.process import RestoreProof, resume
 from migrate.kfd.sysfs import read_topology, read_vram
 from migrate.model import HostPaths
+from migrate.orchestrator.clock import Clock
 from migrate.report import PeakMemory
 from migrate.topology.model import Topology
 
@@ -28,6 +30,7 @@ class Host:
     journal: Journal
     engine: ProcessEngine
     peak_memory: Callable[[], PeakMemory]
+    clock: Clock = field(default_factory=Clock)
 
     def topology(self) -> Topology:
         """The GPUs and links of this host now. Raises BrokenTopology."""
@@ -45,6 +48,10 @@ class Host:
     def open_kfd(self) -> KfdFile:
         """A kfd file of our own, for RESUME. Raises KfdUnavailable."""
         return open_device(self.paths.kfd)
+
+    def resume(self, kfd: KfdFile, proof: RestoreProof) -> bool:
+        """Let the queues of a restored process run. See ``migrate.kfd.process.resume``."""
+        return resume(kfd, proof.process.pid, proof)
 
 
 def available_memory() -> int:

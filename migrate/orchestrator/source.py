@@ -7,7 +7,6 @@ told. After GRANTED nothing here decides any more: see handover.py.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -31,7 +30,6 @@ from migrate.orchestrator.convergence import Costs, Decision
 from migrate.orchestrator.figures import SourceFigures
 from migrate.orchestrator.handover import (
     Answer,
-    Failed,
     Prepared,
     Restarted,
     SourceHandover,
@@ -70,8 +68,8 @@ class SourceMigration:
         self.options = options
         self.connect = connect
         self.narrator = Narrator(migration)
-        self.cancel = threading.Event()  # an operator asked for an abort
-        self.stop = threading.Event()  # the agent ends
+        self.cancel = host.clock.event()  # an operator asked for an abort: see abort()
+        self.stop = host.clock.event()  # the agent ends
         self.figures = SourceFigures(
             migration,
             survey,
@@ -84,12 +82,12 @@ class SourceMigration:
             migration,
             self.process,
             machine,
-            journal=host.journal,
-            engine=host.engine,
+            host=host,
             peer=peer,
             narrator=self.narrator,
             patience=options.patience,
             stop=self.stop,
+            cancel=self.cancel,
         )
         self._objects = ObjectTable()
         self._sent_before: set[int] = set()
@@ -120,16 +118,13 @@ class SourceMigration:
             "the source's agent was restarted during the migration"
         )
         present = self.host.engine.is_alive(self.process)
-        if self.side.machine.state is SourceState.RELEASING:
-            error = None
         self.narrator.enter("recovery", Status.HANDOVER)
-        try:
-            self.side.feed(Restarted(copy_present=present))
-        except MigrateError as raised:
-            error = raised
-        if self.side.machine.state in (SourceState.DONE, SourceState.GRANTED):
-            error = None
+        self.side.pursue(Restarted(copy_present=present))
         return self._finish(error)
+
+    def abort(self) -> bool:
+        """An operator's wish to end it. False: too late, the grant is given."""
+        return self.side.abort()
 
     def report_now(self) -> Report:
         """The report as things stand, while it runs."""
@@ -143,20 +138,17 @@ class SourceMigration:
         )
 
     def _fail(self, error: MigrateError) -> None:
-        """Undo. Not being able to is said, and left to the next start of the agent."""
+        """Undo, or go on if the grant is given: until that is done, or the agent ends."""
         cancelled = isinstance(error, Cancelled)
         self.narrator.enter("undo", Status.CANCELLING if cancelled else self.narrator.status)
-        try:
-            self.side.feed(Failed(why=str(error)))
-        except MigrateError as second:
-            self.narrator.say(f"while undoing: {second}")
-        except OSError as second:
-            self.narrator.say(f"while undoing: {second}")
+        self.side.settle(str(error))
 
     def _finish(self, error: MigrateError | None) -> Report:
         if self._sender is not None:
             self._sender.close()
         state = self.side.machine.state
+        if state in (SourceState.GRANTED, SourceState.RELEASING, SourceState.DONE):
+            error = None  # what failed on the way did not decide
         if error is None and state is SourceState.ROLLED_BACK:
             error = refusal(self.side.answer)
         alive = self.host.engine.is_alive(self.process)

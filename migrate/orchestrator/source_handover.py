@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 
-from migrate.engine.seam import ProcessEngine
-from migrate.errors import JournalUnusable, MigrateError, NoSuchProcess, PeerLost, Refused
+from migrate.errors import (
+    Cancelled,
+    JournalUnusable,
+    MigrateError,
+    NoSuchProcess,
+    OwnerUnknown,
+    PeerLost,
+    Refused,
+)
 from migrate.journal import Journal
 from migrate.kfd.process import KfdProcess
 from migrate.model import ProcessRef, Value
@@ -21,6 +27,7 @@ from migrate.orchestrator.handover import (
     Hold,
     Kill,
     Prepared,
+    Restarted,
     SendCancel,
     SendGrant,
     SourceEffect,
@@ -29,12 +36,21 @@ from migrate.orchestrator.handover import (
     Undo,
     Write,
 )
+from migrate.orchestrator.host import Host
 from migrate.orchestrator.narrator import Narrator
 from migrate.orchestrator.peer import GrantReply, Peer
 from migrate.status import DestinationState, Owner, SourceState, Status
 
-GRANT_RETRY = 0.2  # seconds before the first repeated Grant, doubled up to GRANT_RETRY_MAX
-GRANT_RETRY_MAX = 5.0
+RETRY = 0.2  # seconds before the first repetition, doubled up to RETRY_MAX
+RETRY_MAX = 5.0
+
+_NO_COPY_YET = frozenset({SourceState.SETUP, SourceState.ACTIVE})
+_BEFORE_GRANT = _NO_COPY_YET | {SourceState.DEVICE}
+# What was decided is done; a next start that does not know does it again, to no effect.
+_ENDS = frozenset({SourceState.DONE, SourceState.ROLLED_BACK})
+_HAS_COPY = frozenset(
+    {DestinationState.PREPARED, DestinationState.OWNED, DestinationState.OWNED_DEAD}
+)
 
 
 class StateRecord(Value):
@@ -50,7 +66,8 @@ class SourceSide:
     """One migration's handover at the source.
 
     After GRANTED it asks until it has an answer: ``stop`` lets it go, with the record in
-    the journal and the process frozen.
+    the journal and the process frozen. ``cancel`` is an operator's wish, which counts
+    until GRANTED is written.
     """
 
     def __init__(
@@ -59,25 +76,29 @@ class SourceSide:
         process: ProcessRef,
         machine: SourceHandover,
         *,
-        journal: Journal,
-        engine: ProcessEngine,
+        host: Host,
         peer: Peer,
         narrator: Narrator,
         patience: float,
         stop: threading.Event,
+        cancel: threading.Event,
     ) -> None:
         self.migration = migration
         self.process = process
         self.machine = machine
-        self.journal = journal
-        self.engine = engine
+        self.journal = host.journal
+        self.engine = host.engine
+        self.clock = host.clock
         self.peer = peer
         self.narrator = narrator
         self.patience = patience
         self.stop = stop
+        self.cancel = cancel
         self.answer: GrantReply | None = None
         self.answered_at = 0.0  # monotonic seconds
-        self.lock = threading.Lock()  # one event at a time
+        self.lock = self.clock.lock()  # one event at a time
+        self._deciding = self.clock.lock()  # an abort and GRANTED exclude each other
+        self._cancelled = False  # the destination's word: it holds no copy, nor ever will
 
     def feed(self, event: SourceEvent) -> None:
         """Tell the machine and perform what it answers, until it has nothing more to do."""
@@ -85,6 +106,45 @@ class SourceSide:
             pending: list[SourceEvent] = [event]
             while pending:
                 pending.extend(self._perform(self.machine.on(pending.pop(0))))
+
+    def pursue(self, event: SourceEvent) -> None:
+        """As ``feed``, and again until nothing fails any more, or until we are stopped.
+
+        Nothing that was decided stays half done because a disk was full or a process did
+        not go on at once.
+        """
+        delay = RETRY
+        while True:
+            try:
+                self.feed(event)
+                return
+            except (MigrateError, OSError) as error:
+                self.narrator.say(f"this will be tried again: {error}")
+                event = self._again(event, error)
+            if self.stop.is_set():
+                return
+            self.stop.wait(delay)
+            delay = min(delay * 2, RETRY_MAX)
+
+    def settle(self, why: str) -> None:
+        """Something failed: undo before the grant, go on after it."""
+        failed = Failed(why=why)
+        self.pursue(self._again(failed, None))
+
+    def _again(self, event: SourceEvent, error: Exception | None) -> SourceEvent:
+        if isinstance(error, Cancelled):
+            return Failed(why=str(error))
+        if self.machine.state is None or self.machine.state in _BEFORE_GRANT:
+            return event
+        return Restarted(copy_present=self.engine.is_alive(self.process))
+
+    def abort(self) -> bool:
+        """An operator's wish to end it. False: too late, the grant is given."""
+        with self._deciding:
+            if self.machine.state is not None and self.machine.state not in _BEFORE_GRANT:
+                return False
+            self.cancel.set()
+            return True
 
     def record(self, state: SourceState) -> None:
         """Move on before the handover. Raises JournalUnusable, and then nothing moved."""
@@ -122,6 +182,15 @@ class SourceSide:
     # ------------------------------------------------------------ single effects
 
     def _write(self, write: Write) -> None:
+        if write.state is SourceState.GRANTED:
+            with self._deciding:
+                if self.cancel.is_set():
+                    raise Cancelled("the migration was aborted")
+                self._append(write)
+        else:
+            self._append(write)
+
+    def _append(self, write: Write) -> None:
         assert isinstance(write.state, SourceState)
         record = StateRecord(
             state=write.state, token=write.token, store_id=write.store_id, note=write.note
@@ -129,13 +198,25 @@ class SourceSide:
         try:
             self.journal.append(self.migration, "source", record)
         except JournalUnusable:
-            # The disk is full. Before the grant the source must run on all the same, and
-            # the older record leads a restarted agent to the same undo. After it nothing
-            # may move without a record.
-            if write.state is not SourceState.UNDOING or self.machine.state is SourceState.GRANTED:
+            if not self._may_go_unrecorded(write.state):
                 raise
-            self.narrator.say("the journal can't be written; undoing all the same")
+            self.narrator.say("the journal can't be written; going on all the same")
         self.machine.wrote(write)
+
+    def _may_go_unrecorded(self, state: SourceState) -> bool:
+        """The disk is full. Must *state* wait until it is not?
+
+        An undo need not if no copy was ordered, or the destination said that it will never
+        run one. Without that word it must: the process could run, end by itself, and a
+        restarted agent that reads DEVICE would take the copy for the only one.
+        """
+        if state in _ENDS:
+            return True
+        if state is not SourceState.UNDOING:
+            return False
+        return self.machine.state in _NO_COPY_YET or (
+            self.machine.state is SourceState.DEVICE and self._cancelled
+        )
 
     def _hold(self) -> SourceEvent:
         if not self.engine.is_alive(self.process) or self.engine.is_frozen(self.process):
@@ -149,7 +230,7 @@ class SourceSide:
 
     def _ask(self, token: bytes) -> SourceEvent | None:
         """Send the Grant until it is answered in a way that moves us, or we are stopped."""
-        since, delay, told = time.monotonic(), GRANT_RETRY, False
+        since, delay, told = self.clock.monotonic(), RETRY, False
         while not self.stop.is_set():
             try:
                 reply = self.peer.grant(self.migration, token)
@@ -158,16 +239,16 @@ class SourceSide:
             else:
                 event = Answered(answer=reply.answer, store_id=reply.store_id, token=token)
                 if self.machine.on(event):
-                    self.answer, self.answered_at = reply, time.monotonic()
+                    self.answer, self.answered_at = reply, self.clock.monotonic()
                     return event
                 why = f"the destination answered {reply.answer} {reply.message}".rstrip()
                 if reply.store_id != self.machine.peer_store:
                     why += f" from another journal ({reply.store_id})"
-            if not told and time.monotonic() - since >= self.patience:
+            if not told and self.clock.monotonic() - since >= self.patience:
                 told = True
                 self._owner_unknown(why)
             self.stop.wait(delay)
-            delay = min(delay * 2, GRANT_RETRY_MAX)
+            delay = min(delay * 2, RETRY_MAX)
         return None
 
     def _owner_unknown(self, why: str) -> None:
@@ -176,28 +257,33 @@ class SourceSide:
         self.narrator.say(f"OWNER_UNKNOWN: {why}; the source stays frozen and keeps asking")
 
     def _ask_prepared(self) -> SourceEvent | None:
-        """Our copy is gone: does the destination hold one that was never granted?"""
-        delay = GRANT_RETRY
+        """Our copy is gone: does the destination hold one? It may be the only one left."""
+        delay = RETRY
         while not self.stop.is_set():
             try:
                 state = self.peer.query(self.migration)
             except MigrateError:
                 self.stop.wait(delay)
-                delay = min(delay * 2, GRANT_RETRY_MAX)
+                delay = min(delay * 2, RETRY_MAX)
                 continue
-            if state.state == DestinationState.PREPARED and state.token:
+            if state.state in _HAS_COPY and state.token:
                 return Prepared(token=state.token, store_id=state.store_id)
             return Failed(why="the process is gone and the destination holds no copy of it")
         return None
 
     def _cancel(self) -> None:
         try:
-            self.peer.cancel(self.migration, "the source undoes")
+            cancelled = self.peer.cancel(self.migration, "the source undoes")
         except PeerLost:
             # It asks us by itself, and a Grant will never come.
             self.narrator.say("the destination could not be told; it will ask")
         except MigrateError as error:
             self.narrator.say(f"the destination's answer to the cancel: {error}")
+        else:
+            if not cancelled:
+                # Our journal must have lost a grant. Nobody runs here before that is clear.
+                raise OwnerUnknown("the destination owns the process, says its answer to a cancel")
+            self._cancelled = True
 
     def undo(self) -> None:
         """UNPAUSE what we paused, then thaw. Idempotent; a process that is gone is fine."""

@@ -43,7 +43,7 @@ from migrate.engine.document import KFD, Arena, Document, FileMapping, Finish, m
 from migrate.engine.marker import Marker
 from migrate.engine.trampoline import EXECUTOR_FD, Trampoline, map_private
 from migrate.errors import UsageError
-from migrate.kfd.file import KfdFile, open_device
+from migrate.kfd.file import KfdFile, MappedMemory, open_device
 from migrate.model import HostPaths
 
 HOST_ROOT = "MIGRATE_HOST_ROOT"  # folder of the simulated host; not set: the real /dev/kfd
@@ -170,6 +170,14 @@ class Runtime:
     def _map(self, mapping: FileMapping) -> None:
         file = self.kfd if mapping.gpu_id == KFD else self._nodes[mapping.gpu_id]
         file.mmap(mapping.offset, mapping.length, mapping.address)
+
+    def unmap(self, address: int) -> None:
+        """Unmap device memory that was mapped at *address*; nothing there is no error."""
+        with self.indivisible():
+            for mapping in self._mappings:
+                if mapping.address == address:
+                    MappedMemory(address, mapping.length).close()
+            self._mappings = tuple(m for m in self._mappings if m.address != address)
 
     def is_mapped(self, address: int) -> bool:
         """Whether device memory is mapped at *address*."""

@@ -270,7 +270,11 @@ def find_kfd_fds(pid: int, paths: HostPaths) -> list[int]:
     found = []
     for number in numbers:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # closed meanwhile
-            seen = os.stat(f"{folder}/{number}")
+            try:
+                seen = os.stat(f"{folder}/{number}")
+            except PermissionError as error:
+                # Listing asks for the same user, following a link for permission to trace.
+                raise ForeignProcess(f"process {pid}: its files can't be looked at") from error
             if is_kfd(seen, paths) or (
                 simulated and stat.S_ISSOCK(seen.st_mode) and _is_kfd_elsewhere(pid, number, paths)
             ):

@@ -171,6 +171,19 @@ def allocate(
     return bo
 
 
+def free(runtime: Runtime, bo: Bo, visible_to: Iterable[int] = ()) -> None:
+    """Unmap a BO of ``allocate`` everywhere and free it. Raises OSError."""
+    runtime.unmap(bo.address)
+    gpus = dict.fromkeys((bo.gpu_id, *visible_to))
+    ids = (ctypes.c_uint32 * len(gpus))(*gpus)
+    mapping = uapi.kfd_ioctl_unmap_memory_from_gpu_args(
+        handle=bo.handle, device_ids_array_ptr=ctypes.addressof(ids), n_devices=len(gpus)
+    )
+    runtime.kfd.ioctl(uapi.AMDKFD_IOC_UNMAP_MEMORY_FROM_GPU, mapping)
+    args = uapi.kfd_ioctl_free_memory_of_gpu_args(handle=bo.handle)
+    runtime.kfd.ioctl(uapi.AMDKFD_IOC_FREE_MEMORY_OF_GPU, args)
+
+
 # ---------------------------------------------------------------- queues
 
 

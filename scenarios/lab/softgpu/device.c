@@ -2,6 +2,7 @@
 /* The PCI device, its DRM render node and sysfs files, and its introduction to amdkfd. */
 #include <linux/io.h>
 #include <linux/module.h>
+#include <linux/seq_file.h>
 
 #include <drm/drm_ioctl.h>
 #include <drm/drm_prime.h>
@@ -25,6 +26,17 @@ static unsigned int xgmi = 1;
 module_param(xgmi, uint, 0444);
 MODULE_PARM_DESC(xgmi, "All GPUs of the host are one XGMI hive");
 
+/* The lines amdgpu begins with. */
+static void soft_show_fdinfo(struct seq_file *m, struct file *filp)
+{
+	struct drm_file *file = filp->private_data;
+	struct drm_device *ddev = file->minor->dev;
+
+	seq_printf(m, "pasid:\t%u\n", drm_priv_to_soft_vm(file)->pasid);
+	seq_printf(m, "drm-driver:\t%s\n", ddev->driver->name);
+	seq_printf(m, "drm-pdev:\t%s\n", pci_name(to_pci_dev(ddev->dev)));
+}
+
 const struct file_operations soft_drm_fops = {
 	.owner = THIS_MODULE,
 	.open = drm_open,
@@ -34,6 +46,7 @@ const struct file_operations soft_drm_fops = {
 	.mmap = drm_gem_mmap,
 	.poll = drm_poll,
 	.read = drm_read,
+	.show_fdinfo = soft_show_fdinfo,
 	.llseek = noop_llseek,
 };
 

@@ -10,6 +10,7 @@
  */
 #include <linux/delay.h>
 #include <linux/io.h>
+#include <linux/ktime.h>
 
 #include "kfd_pm4_headers_ai.h"
 #include "kfd_pm4_opcodes.h"
@@ -67,8 +68,13 @@ static void drop_queue(struct soft_queue *queue)
 
 static void unmap_queue(struct soft_queue *queue)
 {
+	u64 now = ktime_get_boottime_ns();
+
 	memcpy(saved_wave(queue->mqd), &queue->wave, sizeof(queue->wave));
 	queue->mqd->cp_hqd_active = 0;
+	/* As firmware does: an MQD is never twice the same. */
+	queue->mqd->cp_mqd_save_end_time_lo = lower_32_bits(now);
+	queue->mqd->cp_mqd_save_end_time_hi = upper_32_bits(now);
 	drop_queue(queue);
 }
 

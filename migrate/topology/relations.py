@@ -61,7 +61,8 @@ def _rank(link: Link) -> tuple[bool, int, int]:
 def numa_nodes(topology: Topology, links: dict[tuple[int, int], Link]) -> dict[int, int]:
     """Per GPU node number: the number of its CPU node. GPUs whose links do not tell lack.
 
-    The nearest CPU by weight; of two equally near ones none, since nothing tells.
+    The nearest CPU by weight among io_links (p2p_links lead past the own one); of two
+    equally near ones none, since nothing tells.
     """
     cpus = [node.number for node in topology.nodes if node.cpu_cores_count]
     found: dict[int, int] = {}
@@ -70,12 +71,13 @@ def numa_nodes(topology: Topology, links: dict[tuple[int, int], Link]) -> dict[i
             found[gpu.number] = gpu.number
             continue
         near = sorted(
-            (link.p2p, link.weight, cpu)
+            (link.weight, cpu)
             for cpu in cpus
             if (link := links.get((gpu.number, cpu)) or links.get((cpu, gpu.number)))
+            and not link.p2p
         )
-        if near and (len(near) == 1 or near[0][:2] != near[1][:2]):
-            found[gpu.number] = near[0][2]
+        if near and (len(near) == 1 or near[0][0] != near[1][0]):
+            found[gpu.number] = near[0][1]
     return found
 
 

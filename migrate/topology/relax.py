@@ -16,7 +16,7 @@ from migrate.topology.search import Effort, Problem, Solution, feasible, matchab
 
 # Steps spent on proving that no cheaper map exists: half a second for 16 GPUs a side. Up to
 # _SMALL GPUs there is no limit, because the proof always comes soon.
-_EFFORT = 3_000
+_EFFORT = 2_000
 _SMALL = 10
 _TRIES = 40
 _LARGE = 1024  # pairs of a source and a destination GPU; a table of their pairs is 4 MiB
@@ -27,10 +27,12 @@ def cheapest(problem: Problem, allowed: int) -> Solution | None:
 
     Of several smallest sets the one with the cheapest map.
     """
+    if not problem.gpu_broken:
+        return Solution(places=())
     best: Solution | None = None
     size = 0
     effort = None
-    if problem.gpu_broken and len(problem.gpu_broken[0]) > _SMALL:
+    if len(problem.gpu_broken[0]) > _SMALL:
         effort = Effort(_EFFORT)
     for rules in _candidates(problem, allowed):
         if best is not None and rules.bit_count() > size:

@@ -30,6 +30,8 @@ from numpy.typing import NDArray
 Grid = NDArray[np.int64]
 INFINITE = 1 << 55  # a sum of 2 * MAX_GPUS + 2 of them fits in 63 bits
 _MANY = 9  # GPUs from which on the dear test at the root pays
+_LONG = 100  # steps after which it is done everywhere, while nothing was found
+_FEW = 4  # open GPUs for which it never pays
 NEVER = 0xFFFFFFFF
 MAX_GPUS = 64  # MAX_GPU_INSTANCE of kfd_priv.h
 
@@ -263,34 +265,40 @@ class _Search:
         self.best = known
         self.best_cost = INFINITE if known is None else view.cost(known)
         self.exhausted = False
+        self.steps = 0
 
     def run(self) -> tuple[tuple[int, ...], int, bool] | None:
         """Places, least cost and whether that is proven, or None."""
         left = [len(group) for group in self.classes]
-        start = self._surrounded(self.start, left) if len(self.start) >= _MANY else self.start
-        self._visit(_State(placed={}, bounded=start, least=self.start, left=left))
+        state = _State(placed={}, bounded=self.start, least=self.start, left=left)
+        rows = np.arange(len(self.start))
+        if len(rows) >= _MANY:
+            state.bounded = self._surrounded(state, rows)
+        self._visit(state)
         if self.best is None:
             return None
         return self.best, self.best_cost, not self.exhausted
 
-    def _surrounded(self, grid: Grid, left: Sequence[int]) -> Grid:
-        """Rule out (i at c) where the others have no places of their own beside it.
+    def _surrounded(self, state: _State, rows: NDArray[np.int64]) -> Grid:
+        """The bounded grid without (i at c) where the others have no places beside it.
 
-        Dear, so only done at the root: it decides nearly alike machines of many GPUs, whose
-        few odd links must fall on odd links (Solnon's local all-different).
+        Dear, so only done at the root and where a search turns out to be long: it decides
+        nearly alike machines of many GPUs, whose few odd links must fall on odd links
+        (Solnon's local all-different).
         """
+        grid = state.bounded.copy()
         while True:
-            possible = grid < INFINITE
-            shut = grid.copy()
-            for i, c in zip(*np.nonzero(possible), strict=True):
-                room = list(left)
+            possible = grid[rows] < INFINITE
+            closed = []
+            for r, c in zip(*np.nonzero(possible), strict=True):
+                room = list(state.left)
                 room[c] -= 1
-                beside = (self.bounded[i, c] < INFINITE) & possible
-                if not matchable(np.delete(beside, i, axis=0), room):
-                    shut[i, c] = INFINITE
-            if (shut == grid).all():
+                beside = (self.bounded[rows[r], c][rows] < INFINITE) & possible
+                if not matchable(np.delete(beside, r, axis=0), room):
+                    closed.append((rows[r], c))
+            if not closed:
                 return grid
-            grid = shut
+            grid[tuple(zip(*closed, strict=True))] = INFINITE
 
     def _spread(self, chosen: dict[int, int]) -> tuple[int, ...]:
         """From classes to GPUs: ascending within a class."""
@@ -304,9 +312,16 @@ class _Search:
         if not waiting:
             self.best_cost, self.best = state.cost[1], self._spread(state.placed)
             return
+        self.steps += 1
         bound = self._bound(state, np.array(waiting))
         if bound is None or not matchable(bound < INFINITE, state.left):
             return
+        if self.best is None and self.steps > _LONG and len(waiting) > _FEW:
+            state.bounded[waiting] = np.where(bound < INFINITE, state.bounded[waiting], INFINITE)
+            state.bounded = self._surrounded(state, np.array(waiting))
+            bound = self._bound(state, np.array(waiting))
+            if bound is None:
+                return
         sizes = (bound < INFINITE).sum(axis=1) * len(self.start) ** 2
         row = int((sizes - self.tightness[waiting]).argmin())
         lowest = bound.min(axis=1)

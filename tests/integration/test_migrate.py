@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,6 @@ def test_a_running_job_moves_and_comes_out_like_its_twin(cluster: Cluster) -> No
     completed(outcome)
     report = outcome.report
     assert gone(job.pid)
-    assert report.destination.pid is not None
-    assert not gone(report.destination.pid)
     assert all(row.source_gpu_id != row.destination_gpu_id for row in report.gpu_map)
     assert report.chunks_verified > 0
     assert report.bytes.vram >= 2 << 20
@@ -58,6 +57,7 @@ def test_a_running_job_moves_and_comes_out_like_its_twin(cluster: Cluster) -> No
     ]  # fmt: skip
     result = job.result()
     assert result["steps"] == STEPS
+    assert result["pids"] == [job.pid, report.destination.pid]
     assert result["digest"] == twin_digest(cluster.folder, STEPS, cluster.hosts["a"].root)
     assert kernel_log(cluster) == ""
 
@@ -139,7 +139,7 @@ def test_without_precopy(cluster: Cluster) -> None:
 
 
 def test_show_and_watch_and_ps_tell_the_same_afterwards(cluster: Cluster) -> None:
-    job = start_job(cluster, "a", "told")
+    job = start_job(cluster, "a", "told", steps=100_000)  # it outlasts the test and is ended
     rows = migrate(cluster, "ps", "a").document["processes"]
     (mine,) = [row for row in rows if row["pid"] == job.pid]
     assert mine["queues"] >= 2
@@ -148,9 +148,10 @@ def test_show_and_watch_and_ps_tell_the_same_afterwards(cluster: Cluster) -> Non
     completed(ran)
     assert migrate(cluster, "show", ran.report.id).document == ran.document
     assert job.pid not in [r["pid"] for r in migrate(cluster, "ps", "a").document["processes"]]
-    assert ran.report.destination.pid in [
-        r["pid"] for r in migrate(cluster, "ps", "b").document["processes"]
-    ]
+    moved = ran.report.destination.pid
+    assert moved is not None
+    assert moved in [r["pid"] for r in migrate(cluster, "ps", "b").document["processes"]]
+    os.kill(moved, signal.SIGKILL)
 
 
 def test_a_retried_request_starts_nothing_twice(cluster: Cluster) -> None:

@@ -32,9 +32,9 @@ def test_bo_mappings_are_left_out_and_staging_is_told_apart() -> None:
 
 def test_staging_is_seen_as_such_in_this_process() -> None:
     staged = StagedObject(ObjectInfo(id=1, kind=ObjectKind.VRAM, size=32 * MIB))
-    before = sample((staged.address_range,))
+    before = sample((staged.address_range,), exclude=lambda pid: True)
     staged.begin(0, 16 * MIB)[:] = b"x" * (16 * MIB)
-    after = sample((staged.address_range,))
+    after = sample((staged.address_range,), exclude=lambda pid: True)
     assert after.staging - before.staging >= 16 * MIB
     assert after.agent - before.agent < 8 * MIB
     staged.close()

@@ -17,6 +17,7 @@ from agents.destination import Destinations
 from agents.operator_servicer import OperatorServicer
 from agents.peer_servicer import PeerServicer
 from agents.source import Sources
+from migrate import faults
 from migrate.dataplane.channel import TcpListener
 from migrate.dataplane.peak_memory import PeakMemory as PeakMemorySampler
 from migrate.dataplane.receiver import Receiver
@@ -164,6 +165,7 @@ def _only_agent(paths: HostPaths) -> int:
 
 def serve(config: AgentConfig, ready_fd: int | None = None) -> None:
     """Run an agent until SIGTERM or SIGINT. *ready_fd* gets its address when it answers."""
+    faults.arm(os.environ.get(faults.VARIABLE, ""))
     agent = Agent(config)
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

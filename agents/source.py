@@ -6,6 +6,7 @@ import logging
 import secrets
 from collections.abc import Callable
 
+from migrate import faults
 from migrate.dataplane.channel import Channel, connect_tcp
 from migrate.dataplane.sender import Sender
 from migrate.engine.seam import Survey
@@ -73,6 +74,7 @@ class Sources:
             if key:
                 self._host.journal.append(migration, "key", key)
             self._host.journal.append(migration, "request", request)
+            faults.point("source.requested")
             self._launch(self._build(migration, request, SourceHandover()), restarted=False)
             return migration
 

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from migrate import faults
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import MmapAccess
 from migrate.dataplane.staging import Staging
@@ -47,6 +48,18 @@ from migrate.orchestrator.peer import GrantReply, PreparedReply
 from migrate.orchestrator.plan import ObjectOrder, RestoreOrder
 from migrate.report import DestinationFigures
 from migrate.status import DestinationState
+
+_BEFORE_WRITE = {
+    DestinationState.PREPARED: "destination.prepared.before-write",
+    DestinationState.OWNED: "destination.owned.before-write",
+}
+_AFTER_WRITE = {
+    DestinationState.RESERVED: "destination.reserved",
+    DestinationState.RESTORING: "destination.restoring",
+    DestinationState.PREPARED: "destination.prepared.after-write",
+    DestinationState.OWNED: "destination.owned.after-write",
+    DestinationState.ABORTED: "destination.aborted",
+}
 
 
 class DestinationRecord(Value):
@@ -111,6 +124,7 @@ class DestinationMigration:
 
     def reserved(self) -> None:
         """Record the reservation. Raises JournalUnusable."""
+        faults.point("destination.reserve")
         self.host.journal.append(self.id, "peer", self.source)
         self._write(self.machine.to(DestinationState.RESERVED))
 
@@ -207,6 +221,7 @@ class DestinationMigration:
                     self._write(effect)
                 case Kill():
                     self._kill()
+                    faults.point("destination.killed")
                     came.append(Done())
                 case Start():
                     failed = self._start()
@@ -218,10 +233,14 @@ class DestinationMigration:
 
     def _write(self, write: Write) -> None:
         assert isinstance(write.state, DestinationState)
+        if write.state in _BEFORE_WRITE:
+            faults.point(_BEFORE_WRITE[write.state])
         record = DestinationRecord(state=write.state, token=write.token)
         self.host.journal.append(self.id, "destination", record)
         self.machine.wrote(write)
         self._untouched = write.state is DestinationState.OWNED
+        if write.state in _AFTER_WRITE:
+            faults.point(_AFTER_WRITE[write.state])
 
     def _kill(self) -> None:
         if self.copy is not None:
@@ -243,7 +262,9 @@ class DestinationMigration:
                     raise  # somebody asks again
                 return FirstResumeFailed()
             self._untouched = False
+            faults.point("destination.resumed")
             self.host.engine.thaw(copy)
+            faults.point("destination.thawed")
             self._released_at = self.host.clock.monotonic()
             self._drop_staging()
         return None if self.host.engine.is_alive(copy) else CopyDied()
@@ -297,6 +318,7 @@ class DestinationMigration:
         held = self.host.engine.restore(order.image, self.id)
         self._held = held
         self._record_copy(held.process)
+        faults.point("destination.built")
         if len(held.kfd) != len(order.checkpoints):
             raise RestoreFailed(
                 f"{len(order.checkpoints)} KFD processes came, {len(held.kfd)} were built"
@@ -314,6 +336,7 @@ class DestinationMigration:
                 )
             self._record_copy(held.process, tuple(r.proof for r in restored))
             self._clock.lap("build")
+            faults.point("destination.restored")
             self._fill(held, order, restored, manifest)
         finally:
             for result in restored:
@@ -343,6 +366,7 @@ class DestinationMigration:
             with _target(item, held, restored) as target:
                 staging.place(item.object_id, target)
         self._clock.lap("placement")
+        faults.point("destination.placed")
         for item in order.objects:
             self._go_on()
             if item.object_id not in manifest:
@@ -350,6 +374,7 @@ class DestinationMigration:
             with _target(item, held, restored) as target:
                 self._verified += staging.verify(item.object_id, target, manifest[item.object_id])
         self._clock.lap("read_back")
+        faults.point("destination.verified")
 
     def _go_on(self) -> None:
         if self._cancel.is_set():

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+from migrate import faults
 from migrate.dataplane.sender import Sender
 from migrate.dataplane.stats import RoundStats
 from migrate.engine.seam import CpuImage, Survey
@@ -185,6 +186,7 @@ class SourceMigration:
     def _setup(self) -> None:
         """Preflight on both hosts, GPU map, reservation, streams."""
         self.side.record(SourceState.SETUP)
+        faults.point("source.setup")
         self.narrator.enter("setup", Status.SETUP)
         if self.survey.blockers:
             first = self.survey.blockers[0]
@@ -204,6 +206,7 @@ class SourceMigration:
         reservation = self.peer.reserve(
             self.id, self.host.engine.name, needs, topology, self.options
         )
+        faults.point("source.reserved")
         self._reservation = reservation
         self.figures.gpu_map = reservation.gpu_map
         self._sender = self.connect(self.id, reservation, self.options)
@@ -216,7 +219,9 @@ class SourceMigration:
             self._checkpoint_cancel()
             with self._snapshot() as stopped:
                 orders = self._bo_orders([c.checkpoint for c in stopped.checkpoints])
+                faults.point("source.round")
                 self._send_round(orders, stopped.checkpoints, frozen=False)
+            faults.point("source.round-sent")
             verdict = convergence.decide(
                 self.figures.rounds,
                 self._costs(),
@@ -230,23 +235,28 @@ class SourceMigration:
 
     def _switchover(self) -> None:
         """Freeze, copy the rest, restore held over there, hand over."""
+        faults.point("source.before-device")
         self._checkpoint_cancel()
         self.narrator.enter("stop", Status.PRE_SWITCHOVER)
         self.side.record(SourceState.DEVICE)
+        faults.point("source.device")
         downtime = self.figures.downtime
         downtime.begin()
         image = self.host.engine.freeze(self.process)
         downtime.lap("stop")
+        faults.point("source.frozen")
 
         self.narrator.enter("checkpoint", Status.DEVICE)
         note_pausing(self.host.journal, self.id)
-        with _Stopped(self.host.engine.visit_frozen(self.process, _checkpoint)) as stopped:
+        with _Stopped(self.host.engine.visit_frozen(self.process, _checkpoint_frozen)) as stopped:
             self.figures.pending_packets = pending_packets(stopped.checkpoints)
             downtime.lap("checkpoint")
+            faults.point("source.checkpointed")
             self.narrator.enter("final round", Status.DEVICE)
             order = self._final_order(image, [c.checkpoint for c in stopped.checkpoints])
             self._send_round(order.objects, stopped.checkpoints, frozen=True)
             downtime.lap("delta")
+        faults.point("source.final-round")
         self._checkpoint_cancel()
         self.narrator.enter("restore", Status.DEVICE)
         assert self._sender is not None
@@ -254,6 +264,7 @@ class SourceMigration:
         prepared = self.peer.restore(self.id, order, manifest)
         self.figures.restored(prepared.figures)
         downtime.lap("restore")
+        faults.point("source.prepared")
 
         self._checkpoint_cancel()
         self.narrator.enter("handover", Status.HANDOVER)
@@ -353,9 +364,17 @@ def _checkpoint(kfd: Sequence[KfdProcess]) -> list[Checkpointed]:
     return [process.checkpoint() for process in kfd]
 
 
+def _checkpoint_frozen(kfd: Sequence[KfdProcess]) -> list[Checkpointed]:
+    found = _checkpoint(kfd)
+    faults.point("source.checkpointing")
+    return found
+
+
 def _checkpoint_and_unpause(kfd: Sequence[KfdProcess]) -> list[Checkpointed]:
     try:
-        return _checkpoint(kfd)
+        found = _checkpoint(kfd)
+        faults.point("source.snapshot")
+        return found
     finally:
         for process in kfd:
             process.unpause_if_paused()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+from migrate import faults
 from migrate.errors import (
     Cancelled,
     JournalUnusable,
@@ -51,6 +52,13 @@ _ENDS = frozenset({SourceState.DONE, SourceState.ROLLED_BACK})
 _HAS_COPY = frozenset(
     {DestinationState.PREPARED, DestinationState.OWNED, DestinationState.OWNED_DEAD}
 )
+
+_AFTER_WRITE = {
+    SourceState.GRANTED: "source.granted.after-write",
+    SourceState.RELEASING: "source.releasing",
+    SourceState.DONE: "source.done",
+    SourceState.UNDOING: "source.undoing",
+}
 
 
 class StateRecord(Value):
@@ -176,6 +184,7 @@ class SourceSide:
                 return Done()
             case Kill():
                 self.engine.kill(self.process)
+                faults.point("source.killed")
                 return Done()
         return None
 
@@ -192,6 +201,8 @@ class SourceSide:
 
     def _append(self, write: Write) -> None:
         assert isinstance(write.state, SourceState)
+        if write.state is SourceState.GRANTED:
+            faults.point("source.granted.before-write")
         record = StateRecord(
             state=write.state, token=write.token, store_id=write.store_id, note=write.note
         )
@@ -202,6 +213,8 @@ class SourceSide:
                 raise
             self.narrator.say("the journal can't be written; going on all the same")
         self.machine.wrote(write)
+        if write.state in _AFTER_WRITE:
+            faults.point(_AFTER_WRITE[write.state])
 
     def _may_go_unrecorded(self, state: SourceState) -> bool:
         """The disk is full. Must *state* wait until it is not?
@@ -240,6 +253,7 @@ class SourceSide:
                 event = Answered(answer=reply.answer, store_id=reply.store_id, token=token)
                 if self.machine.on(event):
                     self.answer, self.answered_at = reply, self.clock.monotonic()
+                    faults.point("source.answered")
                     return event
                 why = f"the destination answered {reply.answer} {reply.message}".rstrip()
                 if reply.store_id != self.machine.peer_store:
@@ -295,7 +309,9 @@ class SourceSide:
             except NoSuchProcess:
                 return
             note_unpaused(self.journal, self.migration)
+        faults.point("source.unpaused")
         self.engine.thaw(self.process)
+        faults.point("source.thawed")
 
 
 def _unpause(kfd: Sequence[KfdProcess]) -> None:

@@ -18,8 +18,7 @@ from migrate.dataplane.access import Buffer
 from migrate.errors import AgentUnreachable
 
 TICK = 0.25  # seconds
-_BUFFER = 4 << 20  # bytes asked of the kernel for a socket, each way
-_MAX_BUFFERS = 512  # of one sendmsg; IOV_MAX is 1024
+NOTSENT = 512 << 10  # bytes that wait in the kernel unsent: what is queued stays in cache
 
 Check = Callable[[], None]
 
@@ -71,6 +70,7 @@ class TcpChannel:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         # A peer that vanished is noticed after 20 s, idle or not (tcp(7)).
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 20_000)

@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.chunks import (
@@ -30,6 +30,7 @@ from migrate.errors import FrameRejected, InsufficientMemory, VerificationFailed
 HUGE_PAGE = 2 << 20  # bytes
 PIECE = HUGE_PAGE  # moved at a time by place and verify; whole huge pages are given back
 PAGE = mmap.PAGESIZE
+_POPULATE_WRITE = 23  # asm-generic/mman-common.h, since Linux 5.14
 _NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module lacks it
 
 
@@ -45,6 +46,10 @@ class StagedObject:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.memory = memoryview(self._map)[: info.size]
         self.address = address_of(memoryview(self._map))
+
+    def populate(self) -> None:
+        """Touch all of the memory ahead. Raises OSError (ENOMEM)."""
+        self._map.madvise(_POPULATE_WRITE)
 
     def begin(self, offset: int, length: int) -> memoryview:
         """Where to put the bytes of whole chunks, unknown until ``commit``."""
@@ -132,6 +137,17 @@ class Staging:
                     f" {used} of {self._quota} bytes are taken"
                 )
             self._objects[info.id] = StagedObject(info)
+
+    def prepare(self, infos: Iterable[ObjectInfo]) -> None:
+        """Declare objects and touch their memory before their bytes come.
+
+        Worth it where the objects are known ahead and mostly not zero: first touch then
+        costs nothing of the time on the wire. Raises as ``declare``.
+        """
+        for info in infos:
+            self.declare(info)
+            if self.get(info.id).table.known.count(0) == self.get(info.id).table.count:
+                self.get(info.id).populate()
 
     def get(self, object_id: int) -> StagedObject:
         """Raises FrameRejected if it was not declared."""

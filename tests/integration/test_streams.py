@@ -140,6 +140,15 @@ def test_a_chunk_that_became_zero_is_zero_there(rig: Rig) -> None:
     assert place_and_verify(rig.session, sender, 1) == read_all(data)
 
 
+def test_memory_touched_ahead_takes_the_same_objects(rig: Rig) -> None:
+    data = memfd(4 * MIB, os.urandom(3 * MIB))
+    rig.session.staging.prepare([info(1, data)])
+    sender = rig.sender()
+    sender.send_round(objects(data))
+    rig.session.staging.prepare([info(1, data)])
+    assert place_and_verify(rig.session, sender, 1) == read_all(data)
+
+
 def test_an_empty_object_travels_too(rig: Rig) -> None:
     sender = rig.sender()
     sender.send_round(objects(BytesAccess(b"")))

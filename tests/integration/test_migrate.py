@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 from pathlib import Path
 
 import pytest
 
+from scenarios import moments
 from scenarios.cluster import Cluster, wait_until
 from tests.integration.jobs import (
     STEPS,
@@ -104,30 +104,17 @@ def test_agents_keep_no_fd_of_a_migration(cluster: Cluster) -> None:
     wait_until(lambda: all(n <= b + 2 for n, b in zip(fds(), before, strict=True)), 30, "fds")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "count", [6, pytest.param(50, marks=pytest.mark.soak)], ids=["short", "full"]
+    "count", [5, pytest.param(50, marks=pytest.mark.soak)], ids=["short", "full"]
 )
 def test_at_any_moment(cluster: Cluster, count: int) -> None:
     """Random moments, most of them with packets in the rings: every digest is right."""
-    dice = random.Random(count)
-    pending = 0
-    steps = 700
-    for number in range(count):
-        job = start_job(
-            cluster,
-            "a",
-            f"moment-{count}-{number}",
-            steps=steps,
-            options=("--delay-us", "2000"),
-        )
-        job.wait_steps(dice.randrange(3, 120))
-        outcome = migrate(cluster, "run", "a", "b", str(job.pid), "--max-rounds", "1")
-        completed(outcome)
-        pending += outcome.report.pending_packets > 0
-        assert job.result()["digest"] == twin_digest(cluster.folder, steps, cluster.hosts["a"].root)
-    print(f"{count} migrations, {pending} with packets in the rings")
-    assert pending >= count * 0.8
+    found = moments.run(cluster, count, seed=count)
+    print(f"{count} migrations, {found.with_pending_packets} with packets in the rings")
+    assert [m.status for m in found.moments] == ["completed"] * count
+    assert [m.digest for m in found.moments] == [found.twin_digest] * count
+    assert found.with_pending_packets >= count * 0.8
 
 
 def test_without_precopy(cluster: Cluster) -> None:

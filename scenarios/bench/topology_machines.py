@@ -113,19 +113,33 @@ def _links(rng: random.Random, shape: Shape, plan: _Plan) -> list[Link]:
                 continue
             odd = rng.random() < shape.odd_bandwidth
             bandwidth = rng.choice(_BANDWIDTHS) if odd else usual
-            both = rng.random() > 0.02
-            links.append(_link(kind, gpus[a], gpus[b], 15, bandwidth=bandwidth))
-            links.append(
-                _link(kind if both else LinkType.PCIE, gpus[b], gpus[a], 15, bandwidth=bandwidth)
-            )
+            back = kind if rng.random() > 0.02 else LinkType.PCIE
+            for x, y, way in ((gpus[a], gpus[b], kind), (gpus[b], gpus[a], back)):
+                p2p = way is LinkType.PCIE
+                links.append(_link(way, x, y, 15, bandwidth=bandwidth, p2p=p2p))
     return links
 
 
-def _link(kind: LinkType, a: int, b: int, weight: int, *, flags: int = 1,
-          bandwidth: int = 0) -> Link:  # fmt: skip
-    return Link(type=kind, node_from=a, node_to=b, weight=weight, flags=flags,
-                min_bandwidth=bandwidth, max_bandwidth=bandwidth,
-                p2p=kind is LinkType.PCIE)  # fmt: skip
+def _link(
+    kind: LinkType,
+    a: int,
+    b: int,
+    weight: int,
+    *,
+    flags: int = 1,
+    bandwidth: int = 0,
+    p2p: bool = False,
+) -> Link:
+    return Link(
+        type=kind,
+        node_from=a,
+        node_to=b,
+        weight=weight,
+        flags=flags,
+        min_bandwidth=bandwidth,
+        max_bandwidth=bandwidth,
+        p2p=p2p,
+    )
 
 
 def renumbered(rng: random.Random, topology: Topology) -> Topology:

@@ -71,13 +71,16 @@ class Stopped:
         try:
             _ptrace(_PTRACE_SEIZE, thread)
             self._signals[thread] = 0
-            _ptrace(_PTRACE_INTERRUPT, thread)
+            self._interrupt(thread)
         except OSError as error:
             if error.errno == errno.ESRCH:
                 self._signals[thread] = 0  # it ended; don't look at it again
                 return False
             raise self._denied() from error
         return True
+
+    def _interrupt(self, thread: int) -> None:
+        _ptrace(_PTRACE_INTERRUPT, thread)
 
     def _wait(self, thread: int, deadline: float) -> None:
         while True:

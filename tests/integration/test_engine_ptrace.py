@@ -96,6 +96,25 @@ def test_a_signal_that_comes_in_between_is_delivered() -> None:
             assert target.stdout.readline() == "got it\n"
 
 
+class SignalledWhileSeized(Stopped):
+    """The first thread gets a signal between PTRACE_SEIZE and PTRACE_INTERRUPT."""
+
+    def _interrupt(self, thread: int) -> None:
+        if thread == self.pid:
+            os.kill(thread, signal.SIGUSR1)
+            until(lambda: procfs.status(thread, "State").startswith("t"), "it stops for the signal")
+        super()._interrupt(thread)
+
+
+def test_a_signal_whose_delivery_was_stopped_is_delivered() -> None:
+    with started(THREADS) as target:
+        assert target.stdout is not None
+        stopped = SignalledWhileSeized(target.pid)
+        stopped.stop(PATIENCE)
+        stopped.let_go()
+        assert target.stdout.readline() == "got it\n"
+
+
 def test_another_tracer_is_named() -> None:
     code = (
         "import sys; from migrate.engine.ptrace import Stopped\n"

@@ -202,4 +202,5 @@ class Sources:
             lambda: self._host.journal.next_number(migration, "epoch"),
             streams=options.streams,
             bandwidth_limit=options.bandwidth,
+            reconnect_timeout=options.patience,
         )

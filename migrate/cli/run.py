@@ -53,6 +53,14 @@ SCHEMA_STARTED = "migrate.started/1"
     help="Connections that carry memory.",
 )
 @click.option(
+    "--patience",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a cut connection may last before the migration is given up.",
+)
+@click.option(
     "--gpu-map",
     default="",
     metavar="OLD=NEW,...",
@@ -83,6 +91,7 @@ def run_command(
     max_rounds: int,
     bandwidth: float | None,
     streams: int,
+    patience: float,
     gpu_map: str,
     relax: tuple[str, ...],
     wait: bool,
@@ -100,6 +109,7 @@ def run_command(
         max_rounds=max_rounds,
         bandwidth=None if bandwidth is None else int(bandwidth * 1024 * 1024),
         streams=streams,
+        patience=patience,
         gpu_map=gpu_map,
         relax=relax,
     )

@@ -21,7 +21,7 @@ class Options(Value):
     streams: int = 2
     gpu_map: str = ""  # as the user typed it: OLD=NEW,...
     relax: tuple[str, ...] = ()
-    patience: float = 60.0  # seconds without an answer before a step fails
+    patience: float = 60.0  # seconds that streams may be cut, or a grant unanswered unreported
 
 
 class KfdNeeds(Value):

@@ -7,7 +7,7 @@ STAMP := .venv/.stamp
 WEIGHTS := .venv/.weights
 # A hanging test is ended by pytest-timeout; this ends a pytest that hangs itself.
 LIMIT ?= 600
-EVIDENCE := build/evidence
+EVIDENCE := docs/evidence
 
 .DELETE_ON_ERROR:
 .PHONY: help gone venv check test demo soak lab evidence clean
@@ -18,7 +18,7 @@ help:
 	@echo 'make check     ruff, mypy, import layers, generated code'
 	@echo 'make soak      the long tests'
 	@echo 'make lab       the tests against the real driver in virtual GPU hosts'
-	@echo 'make evidence  reports of the demo in $(EVIDENCE)'
+	@echo 'make evidence  the full figures, in $(EVIDENCE)'
 	@echo 'make clean     remove .venv and all that was built'
 
 venv: $(STAMP)
@@ -69,10 +69,8 @@ soak: $(STAMP)
 lab: $(STAMP)
 	$(BIN)/python -m pytest -q -m lab --timeout=1800
 
-evidence: $(STAMP)
-	mkdir -p $(EVIDENCE)
-	$(BIN)/python -m migrate demo --json > $(EVIDENCE)/demo.json
-	$(BIN)/python -m migrate demo --vram 4GiB --json > $(EVIDENCE)/demo-4GiB.json
+evidence: $(STAMP) $(WEIGHTS)
+	$(BIN)/python -m scenarios.evidence $(EVIDENCE)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \

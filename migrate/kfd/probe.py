@@ -68,7 +68,7 @@ def _probe(kfd_path: str, dri: str, gpus: dict[int, int]) -> int:
     kfd.ioctl(uapi.AMDKFD_IOC_CRIU_OP, uapi.kfd_ioctl_criu_args(op=uapi.KFD_CRIU_OP_UNPAUSE))
     if args.num_bos != 1 or args.num_objects != 0:
         raise KfdUnavailable(f"one BO was made, KFD counts {args.num_bos}, {args.num_objects}")
-    rest = ctypes.sizeof(kfd_criu_process_priv_data)
+    rest: int = ctypes.sizeof(kfd_criu_process_priv_data)
     rest += args.num_devices * ctypes.sizeof(kfd_criu_device_priv_data)
     size: int = args.priv_data_size
     return size - rest

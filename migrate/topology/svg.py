@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from xml.sax.saxutils import escape
@@ -14,6 +15,7 @@ from migrate.topology.relations import Joints, LinkKind
 
 _SIDE = 460  # px, a machine's square
 _RING = 165
+_LINE = 130  # characters
 _COLOURS = ("#0b6e99", "#b35900", "#3a7d34", "#7b3fa0", "#a02c2c", "#5b5b1a", "#1f4f8b", "#8a4a6b")
 _NO_HIVE = "#555555"
 _STYLE = (
@@ -47,7 +49,7 @@ def svg(
 def _verdict(result: MatchResult) -> Iterator[str]:
     if result.map is None:
         for refusal in result.refusals[:3]:
-            yield refusal.message
+            yield from textwrap.wrap(refusal.message, _LINE, subsequent_indent="    ")
         if result.advice:
             yield "Smallest relaxation that allows a map: " + ", ".join(result.advice)
 

@@ -149,6 +149,23 @@ def test_the_smallest_set_of_relaxations_is_the_mildest_of_its_size() -> None:
     assert match(assemble([gpu(1)]), target).advice == ("num-gws",)
 
 
+def test_the_smallest_set_may_be_behind_the_less_obvious_place() -> None:
+    """GPU 1 breaks two rules at either place, but at the first it drives GPU 2 out."""
+    source = assemble(
+        [
+            gpu(1, fw_version=93, num_gws=65, caches_count=300, sdma_fw_version=1, num_cp_queues=1),
+            gpu(2, caches_count=300),
+        ]
+    )
+    target = assemble(
+        [
+            gpu(3, caches_count=300),
+            gpu(4, fw_version=93, sdma_fw_version=1, num_cp_queues=1),
+        ]
+    )
+    assert match(source, target).advice == ("caches-count", "num-gws")
+
+
 def test_an_unknown_rule() -> None:
     with pytest.raises(UsageError, match="there is no rule 'nonsense'") as caught:
         match(PAIR, PAIR, relax={"nonsense"})

@@ -85,6 +85,7 @@ class TcpChannel:
                 sent = self._sock.sendmsg([pending[i] for i in range(min(len(pending), 8))])
             except BlockingIOError:
                 self.check()
+                self._notice_end()
                 continue
             while sent:
                 first = pending[0]
@@ -93,6 +94,12 @@ class TcpChannel:
                     break
                 sent -= len(first)
                 pending.popleft()
+
+    def _notice_end(self) -> None:
+        """A peer that ended its direction does not read ours any more: nobody half-closes."""
+        with contextlib.suppress(BlockingIOError):
+            if not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                raise BrokenPipeError("the peer ended the stream")
 
     def receive_into(self, view: memoryview) -> None:
         """See Channel."""

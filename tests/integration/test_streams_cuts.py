@@ -72,6 +72,8 @@ class Proxy:
                     break
                 far.sendall(passed)
         shut(near, far)
+        near.close()  # with bytes unread: the source sees a reset
+        far.close()
 
     def _outward(self, near: socket.socket, far: socket.socket) -> None:
         with contextlib.suppress(OSError):

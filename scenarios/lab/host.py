@@ -72,7 +72,7 @@ class Host:
         if not 0 <= spec.gpus <= MAX_GPUS or not 16 <= spec.vram_mb <= 256:
             raise LabError("a host has 0 to 8 GPUs of 16 to 256 MiB")
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("console.log", "qmp", "net"):
+        for name in ("console.log", "qmp", "net", "pid"):
             (self.folder / name).unlink(missing_ok=True)
         disk = self.folder / "disk.qcow2"
         disk.unlink(missing_ok=True)
@@ -83,23 +83,25 @@ class Host:
             ]
         )
         port = _free_port()
-        log = (self.folder / "qemu.log").open("w")
-        process = subprocess.Popen(
-            self._command(spec, port),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        log.close()
+        with (self.folder / "qemu.log").open("w") as log:
+            started = subprocess.run(
+                self._command(spec, port),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                check=False,
+            )
+        if started.returncode:
+            raise LabError(f"QEMU does not start:\n{self.last_words()}")
+        pid = int((self.folder / "pid").read_text())
         state = {
             "spec": {name: getattr(spec, name) for name in HostSpec.__struct_fields__},
-            "pid": process.pid,
-            "start_time": _start_time(process.pid),
+            "pid": pid,
+            "start_time": _start_time(pid),
             "port": port,
         }
         (self.folder / "state.json").write_text(json.dumps(state))
-        self._wait_ready(process)
+        self._wait_ready()
 
     def _command(self, spec: HostSpec, port: int) -> list[str]:
         peers = ",".join(f"{name}@10.99.0.{index}" for index, name in enumerate(FIRST_SLOT, 1))
@@ -119,6 +121,7 @@ class Host:
             gpus += ["-device", f"ivshmem-plain,memdev=gpu{index},addr={slot:#x}"]
         return [
             *("qemu-system-x86_64", "-name", f"lab-{self.name}", "-machine", "pc"),
+            *("-daemonize", "-pidfile", str(self.folder / "pid")),
             *accelerator(self.layout),
             *("-smp", str(spec.cpus), "-m", str(spec.memory_mb)),
             *("-nodefaults", "-display", "none", "-no-reboot"),
@@ -138,10 +141,10 @@ class Host:
             *gpus,
         ]
 
-    def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
+    def _wait_ready(self) -> None:
         deadline = time.monotonic() + BOOT_SECONDS
         while b"LAB READY" not in (self.console.read_bytes() if self.console.exists() else b""):
-            if process.poll() is not None:
+            if self.running is None:
                 raise LabError(f"host {self.name} ended while booting:\n{self.last_words()}")
             if time.monotonic() > deadline:
                 self.stop()

@@ -31,7 +31,7 @@ class Layout:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        root = self.root = root.absolute()
         self.kernel_root = root / "kernel-root"  # Debian 12: kernel, its headers and source
         self.kernel = root / "vmlinuz"
         self.modules = root / "modules"  # lib/modules of the kernel, with our own in it

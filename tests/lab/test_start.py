@@ -1,0 +1,31 @@
+"""Starting hosts."""
+
+from __future__ import annotations
+
+import pytest
+
+from scenarios.lab.host import HostSpec
+from scenarios.lab.layout import LabError
+from tests.lab.conftest import StartHost
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
+
+
+def test_a_host_starts_anew_from_a_clean_disk(start_host: StartHost) -> None:
+    host = start_host(HostSpec(name="a", gpus=0, memory_mb=512))
+    host.ssh("touch /root/left-behind && sync")
+    host.stop()
+    assert host.running is None
+    host = start_host(HostSpec(name="a", gpus=0, memory_mb=512))
+    assert host.ssh("ls /root").split() == []
+
+
+@pytest.mark.parametrize("wrong", [{"gpus": 9}, {"gpus": -1}, {"vram_mb": 257}, {"vram_mb": 8}])
+def test_a_host_that_can_not_be_is_refused(start_host: StartHost, wrong: dict[str, int]) -> None:
+    with pytest.raises(LabError, match="0 to 8 GPUs"):
+        start_host(HostSpec(name="b", **wrong))
+
+
+def test_an_unknown_host_is_refused(start_host: StartHost) -> None:
+    with pytest.raises(LabError, match="no host 'c'"):
+        start_host(HostSpec(name="c"))

@@ -221,6 +221,8 @@ class MemoryChannel:
                 pipe.changed.notify_all()
             view[got : got + take] = piece[:take]
             got += take
+            if got < len(view):
+                self.check()
 
     def abort(self) -> None:
         """See Channel."""

@@ -129,7 +129,7 @@ def decide(case: Case, relax: Collection[str] = frozenset()) -> MatchResult:
     found = cheapest(case.problem, allowed)
     if found is not None:
         return _success(case, found)
-    return _failure(case)
+    return _failure(case, allowed)
 
 
 def _bits(names: Collection[str]) -> int:
@@ -303,8 +303,8 @@ def _success(case: Case, found: Solution) -> MatchResult:
     )
 
 
-def _failure(case: Case) -> MatchResult:
-    nearest = mildest(case.problem, ALL_RULES, quick=True)
+def _failure(case: Case, tried: int) -> MatchResult:
+    nearest = mildest(case.problem, ALL_RULES, tried=tried, quick=True)
     refusals: dict[tuple[str, str, str], Refusal] = {}
     advice: tuple[str, ...] = ()
     if nearest is not None:

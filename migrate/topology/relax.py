@@ -43,15 +43,20 @@ def cheapest(problem: Problem, allowed: int) -> Solution | None:
     return best
 
 
-def mildest(problem: Problem, allowed: int, *, quick: bool = False) -> Solution | None:
+def mildest(
+    problem: Problem, allowed: int, *, tried: int | None = None, quick: bool = False
+) -> Solution | None:
     """A map that breaks the fewest rules; of several smallest sets the mildest (last in order).
 
-    *quick*: for many GPUs stop soon, with a set of which no rule can be left out.
+    *tried*: rules that are known not to suffice, all of them together. *quick*: for many
+    GPUs stop soon, with a set of which no rule can be left out.
     """
     large = bool(problem.gpu_broken) and len(problem.gpu_broken[0]) > _SMALL
     for tries, rules in enumerate(_candidates(problem, allowed)):
         if quick and large and tries >= _TRIES:
             return _irreducible(problem, allowed)
+        if tried is not None and not rules & ~tried:
+            continue
         found = feasible(problem, rules)
         if found is not None:
             return found

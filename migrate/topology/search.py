@@ -294,7 +294,7 @@ class _Search:
                 room = list(state.left)
                 room[c] -= 1
                 beside = (self.bounded[rows[r], c][rows] < INFINITE) & possible
-                if not matchable(np.delete(beside, r, axis=0), room):
+                if not matchable(beside, room, apart=int(r)):
                     closed.append((rows[r], c))
             if not closed:
                 return grid
@@ -393,9 +393,11 @@ def _halves(base: Grid, pairs: Grid, possible: NDArray[np.bool_]) -> Grid:
     return bound
 
 
-def matchable(possible: NDArray[np.bool_], left: Sequence[int]) -> bool:
-    """Whether every row can have a class of its own within the capacities (Kuhn)."""
-    options = [[int(c) for c in np.flatnonzero(row)] for row in possible]
+def matchable(possible: NDArray[np.bool_], left: Sequence[int], apart: int = -1) -> bool:
+    """Whether every row but *apart* can have a class of its own within the capacities (Kuhn)."""
+    options = [[c for c, able in enumerate(row) if able] for row in possible.tolist()]
+    if apart >= 0:
+        del options[apart]
     holders: list[list[int]] = [[] for _ in left]
 
     def seat(row: int, seen: set[int]) -> bool:

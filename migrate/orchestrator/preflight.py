@@ -12,7 +12,6 @@ from migrate.errors import (
     VisibleGpus,
 )
 from migrate.kfd.process import KfdCheckpoint
-from migrate.kfd.sysfs import read_processes
 from migrate.model import GpuMap
 from migrate.orchestrator.host import Host, available_memory
 from migrate.orchestrator.objects import private_data
@@ -71,13 +70,6 @@ def check_room(host: Host, engine: str, wanted: Needs, options: Options) -> None
     del options
 
 
-def busy_gpus(host: Host) -> frozenset[int]:
-    """GPUs on which some process holds VRAM, by gpu_id."""
-    return frozenset(
-        gpu for usage in read_processes(host.paths) for gpu, held in usage.vram if held
-    )
-
-
 def choose_map(host: Host, source: Topology, wanted: Needs, options: Options) -> GpuMap:
     """The GPU map, by the one matching function. Raises NoGpuMap, VisibleGpus, ..."""
     visible = sorted({gpu for k in wanted.processes for gpu in k.gpus})
@@ -100,7 +92,7 @@ def choose_map(host: Host, source: Topology, wanted: Needs, options: Options) ->
         visible=visible,
         needs=vram,
         free=host.free_vram(),
-        busy=busy_gpus(host),
+        busy=(),  # sharing a GPU is the operator's business; VRAM taken counts in free
         override=override,
         relax=frozenset(options.relax),
     )

@@ -17,6 +17,7 @@ from agents.destination import Destinations
 from agents.operator_servicer import OperatorServicer
 from agents.peer_servicer import PeerServicer
 from agents.source import Sources
+from agents.watchdog import Watchdog
 from migrate import faults
 from migrate.dataplane.channel import TcpListener
 from migrate.dataplane.peak_memory import PeakMemory as PeakMemorySampler
@@ -76,23 +77,26 @@ class Agent:
 
     def start(self) -> None:
         """Recover what the journal has, then answer."""
+        # From here on a source is let go if we die; before it nothing was frozen by us.
+        self._watchdog = Watchdog(self.host.paths, self.host.engine.name)
         self._memory.start()
         self._receiver.start()
         # Copies that were never granted are ended before anybody can grant them.
         self.destinations.recover()
         self._server.start()
         self.destinations.start()
-        for migration in self.sources.recover():
+        for migration in self.sources.recover(self._watchdog.let_go):
             _log.warning("going on with migration %s", migration)
 
     def stop(self) -> None:
         """Undo what was not granted, leave the rest on record, and end."""
-        self.sources.stop()
+        undone = self.sources.stop()
         self.destinations.stop()
         self._server.stop(STOP_GRACE).wait()
         self._receiver.close()
         self._memory.stop()
         self.journal.close()
+        self._watchdog.close(needed=not undone)
         os.close(self._lock)
 
     def _serve(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from migrate import faults
 from migrate.dataplane.channel import Channel, connect_tcp
@@ -71,16 +71,18 @@ class Sources:
                 destination_address=address,
                 options=options,
             )
+            # The key last: one that leads to a migration without a request would lead nowhere.
+            self._host.journal.append(migration, "request", request)
             if key:
                 self._host.journal.append(migration, "key", key)
-            self._host.journal.append(migration, "request", request)
             faults.point("source.requested")
             self._launch(self._build(migration, request, SourceHandover()), restarted=False)
             return migration
 
-    def recover(self) -> list[str]:
+    def recover(self, let_go: Collection[str] = ()) -> list[str]:
         """Go on with every migration that had not ended. Returns their ids.
 
+        *let_go*: migrations whose process the watchdog let go, see there.
         One whose record can't be read is not touched: its process may be granted.
         """
         found = []
@@ -91,6 +93,7 @@ class Sources:
                 _log.error("migration %s is left as it is: %s", migration, error)
                 continue
             if built is not None:
+                built.let_go = migration in let_go
                 with self._lock:
                     self._launch(built, restarted=True)
                 found.append(migration)
@@ -155,8 +158,11 @@ class Sources:
         record = self._host.journal.last(migration, "request")
         return record.decode(RequestRecord).destination if record is not None else None
 
-    def stop(self) -> None:
-        """Let go of all: granted ones stay frozen and on record, others are undone."""
+    def stop(self) -> bool:
+        """Let go of all: granted ones stay frozen and on record, others are undone.
+
+        False if that takes too long.
+        """
         with self._lock:
             live, threads = list(self._live.values()), list(self._threads.values())
         for migration in live:
@@ -164,6 +170,7 @@ class Sources:
             migration.cancel.set()
         for thread in threads:
             thread.join(timeout=30)
+        return not any(thread.is_alive() for thread in threads)
 
     def _running(self) -> set[str]:
         return {m for m, thread in self._threads.items() if thread.is_alive()}

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote
 
 import msgspec
 
@@ -63,6 +64,35 @@ class Record(Value):
             raise JournalUnusable(
                 f"journal record {self.seq} ({self.kind}) can't be read: {error}"
             ) from error
+
+
+def read_records(path: Path) -> list[Record]:
+    """All records of a journal, oldest first, without writing to it.
+
+    For those who look from outside while an agent may have it open. Raises JournalUnusable.
+    """
+    try:
+        database = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
+    except sqlite3.Error as error:
+        raise JournalUnusable(f"journal {path}: {error}") from error
+    try:
+        database.execute("PRAGMA busy_timeout=5000")
+        (version,) = database.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()
+        if version != str(SCHEMA_VERSION):
+            raise JournalUnusable(
+                f"{path} has schema {version}, this release reads {SCHEMA_VERSION}"
+            )
+        rows = database.execute(
+            "SELECT seq, migration, kind, data, wall FROM records ORDER BY seq"
+        ).fetchall()
+    except (sqlite3.Error, TypeError) as error:
+        raise JournalUnusable(f"journal {path}: {error}") from error
+    finally:
+        database.close()
+    return [
+        Record(seq=seq, migration=migration, kind=kind, data=data, wall=wall)
+        for seq, migration, kind, data, wall in rows
+    ]
 
 
 class Journal:

@@ -38,12 +38,14 @@ class AgentSetup:
     """How an agent differs from an ordinary one, for drills of what goes wrong.
 
     ``settings`` are keys of its configuration file, ``tls`` its certificate instead of one
-    of the throwaway authority, ``prelude`` Python that its process runs first.
+    of the throwaway authority, ``prelude`` Python that its process runs first,
+    ``environment`` what is added to its environment.
     """
 
     settings: Mapping[str, object] = field(default_factory=dict)
     tls: TlsFiles | None = None
     prelude: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -155,6 +157,7 @@ class Cluster:
         host.agent = self._start(
             [*program, "agent", "serve", "--config", str(config)],
             self.folder / f"{name}.agent.log",
+            host.setup.environment,
         )
         host.address = self._ready.strip().decode()
         self._write_inventory()
@@ -208,7 +211,9 @@ class Cluster:
         entries = {h.name: HostEntry(address=h.address) for h in self.hosts.values() if h.address}
         self.inventory.write_text(to_toml(Inventory(tls=self._operator, hosts=entries)))
 
-    def _start(self, arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    def _start(
+        self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         """Start one of our programs and wait until it says that it is usable."""
         reader, writer = os.pipe()
         with log.open("ab") as stream:
@@ -219,6 +224,7 @@ class Cluster:
                 stderr=stream,
                 pass_fds=[writer],
                 start_new_session=True,
+                env={**os.environ, **(environment or {})},
             )
         self._processes.append(process)
         os.close(writer)

@@ -71,6 +71,7 @@ class SourceMigration:
         self.narrator = Narrator(migration)
         self.cancel = host.clock.event()  # an operator asked for an abort: see abort()
         self.stop = host.clock.event()  # the agent ends
+        self.let_go = False  # by the watchdog: it may have run, and ended, since the freeze
         self.figures = SourceFigures(
             migration,
             survey,
@@ -118,7 +119,8 @@ class SourceMigration:
         error: MigrateError | None = MigrationFailed(
             "the source's agent was restarted during the migration"
         )
-        present = self.host.engine.is_alive(self.process)
+        # One that was let go is no lost copy, also if it has come to its end since.
+        present = self.let_go or self.host.engine.is_alive(self.process)
         self.narrator.enter("recovery", Status.HANDOVER)
         self.side.pursue(Restarted(copy_present=present))
         return self._finish(error)

@@ -31,7 +31,7 @@ from migrate.status import SourceState, Status, owner_of
 
 # What placing and reading back costs where nothing was measured yet, bytes a second.
 PLACEMENT_GUESS = 1.5e9
-FIXED_GUESS = 0.4  # seconds: stop, checkpoint, build of the process, handover
+FIXED_GUESS = 0.4  # seconds: build of the process and handover
 
 
 class DowntimeClock:
@@ -97,6 +97,7 @@ class SourceFigures:
         self.predicted: float | None = None
         self.gpu_map: GpuMap | None = None
         self.pending_packets = 0
+        self.snapshot = 0.0  # seconds that stopping and checkpointing took the last time
         self.user_gpu_ids: dict[int, int] = {}  # actual gpu_id at the source: user_gpu_id
         self._sizes: dict[ObjectKind, int] = {}
         self._destination = DestinationFigures()
@@ -141,7 +142,7 @@ class SourceFigures:
             link=min(link, bandwidth) if bandwidth else link,
             scan=max(scanned / max(seconds, 1e-6), 1e6),
             placement=PLACEMENT_GUESS,
-            fixed=FIXED_GUESS,
+            fixed=FIXED_GUESS + self.snapshot,
         )
 
     def report(

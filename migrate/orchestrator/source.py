@@ -279,11 +279,13 @@ class SourceMigration:
     def _snapshot(self) -> _Stopped:
         """Checkpoint the running process; its queues stand for milliseconds."""
         note_pausing(self.host.journal, self.id)
+        began = self.host.clock.monotonic()
         try:
             return _Stopped(self.host.engine.snapshot(self.process, _checkpoint_and_unpause))
         except NoSuchProcess as error:
             raise ProcessExited(str(error)) from error
         finally:
+            self.figures.snapshot = self.host.clock.monotonic() - began
             note_unpaused(self.host.journal, self.id)
 
     def _bo_orders(self, checkpoints: Sequence[KfdCheckpoint]) -> tuple[ObjectOrder, ...]:

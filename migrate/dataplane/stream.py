@@ -233,7 +233,8 @@ class SourceStream:
         while self._pending and self._pending[0].sequence < placed:
             sent = self._pending.popleft()
             self._in_flight -= sent.wire
-            self._failing_since = None
+            if sent.item is not None:  # a DECLARE that stands is no progress: each attempt has it
+                self._failing_since = None
             if isinstance(sent.item, Span):
                 source = self.round.objects.get(sent.item.object_id)
                 if source is not None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 
 from migrate import faults
+from migrate.engine.seam import ProcessEngine
 from migrate.errors import (
     Cancelled,
     JournalUnusable,
@@ -28,6 +29,7 @@ from migrate.orchestrator.handover import (
     Hold,
     Kill,
     Prepared,
+    Resolved,
     Restarted,
     SendCancel,
     SendGrant,
@@ -106,6 +108,7 @@ class SourceSide:
         self.answered_at = 0.0  # monotonic seconds
         self.lock = self.clock.lock()  # one event at a time
         self._deciding = self.clock.lock()  # an abort and GRANTED exclude each other
+        self._resolution: Resolved | None = None
         self._cancelled = False  # the destination's word: it holds no copy, nor ever will
 
     def feed(self, event: SourceEvent) -> None:
@@ -146,6 +149,10 @@ class SourceSide:
             return event
         return Restarted(copy_present=self.engine.is_alive(self.process))
 
+    def resolve(self, resolution: Resolved) -> None:
+        """An operator decides, who fenced the other host; whoever asks there stops asking."""
+        self._resolution = resolution
+
     def abort(self) -> bool:
         """An operator's wish to end it. False: too late, the grant is given."""
         with self._deciding:
@@ -180,7 +187,7 @@ class SourceSide:
             case SendCancel():
                 self._cancel()
             case Undo():
-                self.undo()
+                undo(self.journal, self.engine, self.migration, self.process)
                 return Done()
             case Kill():
                 self.engine.kill(self.process)
@@ -245,6 +252,8 @@ class SourceSide:
         """Send the Grant until it is answered in a way that moves us, or we are stopped."""
         since, delay, told = self.clock.monotonic(), RETRY, False
         while not self.stop.is_set():
+            if self._resolution is not None:
+                return self._resolution
             try:
                 reply = self.peer.grant(self.migration, token)
             except MigrateError as error:
@@ -299,19 +308,20 @@ class SourceSide:
                 raise OwnerUnknown("the destination owns the process, says its answer to a cancel")
             self._cancelled = True
 
-    def undo(self) -> None:
-        """UNPAUSE what we paused, then thaw. Idempotent; a process that is gone is fine."""
-        if not self.engine.is_alive(self.process):
+
+def undo(journal: Journal, engine: ProcessEngine, migration: str, process: ProcessRef) -> None:
+    """UNPAUSE what we paused, then thaw. Idempotent; a process that is gone is fine."""
+    if not engine.is_alive(process):
+        return
+    if is_paused(journal, migration):
+        try:
+            engine.visit_frozen(process, _unpause)
+        except NoSuchProcess:
             return
-        if is_paused(self.journal, self.migration):
-            try:
-                self.engine.visit_frozen(self.process, _unpause)
-            except NoSuchProcess:
-                return
-            note_unpaused(self.journal, self.migration)
-        faults.point("source.unpaused")
-        self.engine.thaw(self.process)
-        faults.point("source.thawed")
+        note_unpaused(journal, migration)
+    faults.point("source.unpaused")
+    engine.thaw(process)
+    faults.point("source.thawed")
 
 
 def _unpause(kfd: Sequence[KfdProcess]) -> None:

@@ -1,0 +1,128 @@
+"""The invariants, looked at whenever a copy changes, and once more at the end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from migrate.orchestrator.handover import Answer
+from migrate.status import DestinationState, SourceState
+
+if TYPE_CHECKING:
+    from scenarios.simulate.processes import Copy
+    from scenarios.simulate.world import World
+
+MAY_HAVE_RUN = frozenset({DestinationState.OWNED, DestinationState.OWNED_DEAD})
+
+
+class Judge:
+    """Collects what is broken: (double | lost | stuck | bug, why)."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.found: list[tuple[str, str]] = []
+        self.owned_was_answered = False
+
+    def bug(self, why: str) -> None:
+        """An exception that is no MigrateError."""
+        self._broken("bug", why)
+
+    def _broken(self, kind: str, why: str) -> None:
+        self.world.tell(f"*** {kind}: {why}")
+        self.found.append((kind, why))
+
+    def answered(self, answer: Answer) -> None:
+        """The destination's agent answered a grant."""
+        self.world.tell(f"b: answers {answer}")
+        if answer is Answer.OWNED:
+            self.owned_was_answered = True
+
+    # ------------------------------------------------------------ at every change
+
+    def saw(self, copy: Copy, what: str) -> None:
+        """Something of a copy changed."""
+        world = self.world
+        world.tell(f"{copy.node.name}: {copy.role}'s copy: {what}")
+        source, others = world.source, world.destination_copies()
+        active = source.alive and (source.tasks_run or source.queues_run)
+        if active and any(c.may_run for c in others):
+            self._broken("double", "ONE-RUNS: both copies may run")
+        if world.resolved:
+            return
+        if copy is source and what == "let run" and any(c.ran for c in others):
+            self._broken("double", "NO-REPLAY: the source runs again though the copy ran")
+        if copy is not source and what in ("let run", "RESUME"):
+            if copy.image_stints != source.stints:
+                self._broken("double", "NO-STALE: the copy runs though the source ran after it")
+            state = copy.node.recorded.get("destination")
+            if state not in MAY_HAVE_RUN:
+                self._broken("double", f"REFUSED-STAYS: the copy runs, its journal says {state}")
+        if copy is source and what == "let run":
+            state = copy.node.recorded.get("source")
+            if state in (SourceState.GRANTED, SourceState.RELEASING):
+                self._broken("double", f"NO-TIMEOUT: the source runs, its journal says {state}")
+
+    def gone(self, copy: Copy) -> None:
+        """A copy ended; ``death`` says by whom."""
+        world = self.world
+        world.tell(f"{copy.node.name}: {copy.role}'s copy is gone ({copy.death})")
+        if copy.death != "driver" or world.resolved:
+            return
+        if copy is world.source:
+            if not self.owned_was_answered:
+                self._broken("lost", "NEVER-NONE: the source ended its copy without an OWNED")
+        elif copy.ran:
+            self._broken("lost", "OWNED-STAYS: the destination ended a copy that ran")
+
+    # ------------------------------------------------------------ at the end
+
+    def verdict(self) -> str:
+        """ended, operator, or what is still missing."""
+        world = self.world
+        source, others = world.source, world.destination_copies()
+        here, there = world.nodes["a"], world.nodes["b"]
+        said = here.recorded.get("source")
+        if any(n.agent is None and not n.off_for_good for n in world.nodes.values()):
+            return "an agent is not up"
+        if here.agent is not None and here.agent.sources._running():
+            if said == SourceState.GRANTED and self._excused():
+                return "operator"
+            return f"the source is not done: {said}"
+        running = [c for c in (source, *others) if c.alive and c.tasks_run]
+        held = [c for c in (source, *others) if c.alive and not (c.tasks_run and c.queues_run)]
+        if held:
+            if self._excused():
+                return "operator"
+            return f"{held[0].role}'s copy stands still ({said}, {there.recorded})"
+        if len(running) == 1:
+            return self._agreed(running[0], said)
+        if not running and not self._a_copy_died():
+            return "no copy is left"
+        return "ended"
+
+    def _agreed(self, copy: Copy, said: str | None) -> str:
+        """The journals must say what runs."""
+        if self.world.resolved or self._excused() or self.world.nodes["a"].off_for_good:
+            return "ended"
+        agent = self.world.nodes["a"].agent
+        for live in agent.sources._live.values() if agent is not None else ():
+            said = live.side.machine.state  # an end may go unrecorded while a disk is full
+        mine = copy is self.world.source
+        undone = said in (None, SourceState.ROLLED_BACK, SourceState.UNDOING)
+        given = said in (SourceState.DONE, SourceState.RELEASING)
+        return "ended" if (undone if mine else given) else f"{copy.role} runs, {said} is journaled"
+
+    def _excused(self) -> bool:
+        """A host, a journal or a copy was really lost: an operator may be needed."""
+        world = self.world
+        lost = ("journal lost", "host off for good")
+        return (
+            any(world.faults.happened[kind] for kind in lost)
+            or any(c.death in ("host", "itself") for c in world.destination_copies())
+            or world.source.death in ("host", "itself")
+        )
+
+    def _a_copy_died(self) -> bool:
+        world = self.world
+        return any(
+            c.death in ("host", "itself") for c in (world.source, *world.destination_copies())
+        )

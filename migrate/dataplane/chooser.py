@@ -28,6 +28,7 @@ WINDOW = 0.05  # seconds of a link measurement
 SATURATED = 0.5  # part of the streams' time spent sending that makes the link the bottleneck
 CREEP = 1.01
 SAMPLE = 32 << 10  # bytes
+SAMPLE_CREEP = 1.1  # how much faster than its runs a sample may make a codec look
 FIRST_INTERVAL, LAST_INTERVAL = 16, 256  # runs between samples of an object
 WEIGHT = 0.25  # of a new measurement in an average
 KEPT_DECISIONS = 64
@@ -180,6 +181,7 @@ class _Subject:
 
     def __init__(self) -> None:
         self.figures: dict[Option, Figure] = {}
+        self.proven: set[Option] = set()  # speed known from whole runs
         self.option = RAW
         self.interval = FIRST_INTERVAL
         self.until_sample = 0
@@ -218,6 +220,7 @@ class AdaptiveChooser:
         began = self._clock()
         codec, payload = pack(encoder, option, raw)
         if option is not RAW:
+            subject.proven.add(option)
             self._learn(subject, option, len(raw), len(payload), self._clock() - began)
         return codec, payload
 
@@ -234,7 +237,13 @@ class AdaptiveChooser:
                 continue  # measured by the runs themselves
             began = self._clock()
             packed = len(encoder.encode(option.codec, part, option.level))
-            self._learn(subject, option, len(part), packed, self._clock() - began)
+            seconds = self._clock() - began
+            if option in subject.proven:
+                # A short sample is rarely interrupted and knows nothing of a busy machine:
+                # it may only creep back towards hope.
+                hoped = subject.figures[option].speed * SAMPLE_CREEP
+                seconds = max(seconds, len(part) / hoped)
+            self._learn(subject, option, len(part), packed, seconds)
 
     def _learn(
         self, subject: _Subject, option: Option, raw: int, packed: int, seconds: float

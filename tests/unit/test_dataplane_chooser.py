@@ -10,6 +10,7 @@ import pytest
 from migrate.dataplane.chooser import (
     OPTIONS,
     RAW,
+    SAMPLE,
     WINDOW,
     AdaptiveChooser,
     Figure,
@@ -120,6 +121,40 @@ def test_floats_on_a_slow_link_go_as_planes_and_noise_as_raw() -> None:
     assert decision.object_id == 1
     assert "link 1 MB/s" in str(decision)
     assert "zstd-1" in str(decision)
+
+
+class SlowRuns:
+    """A clock by which whole runs take long and samples next to nothing: a busy machine."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.step = 1e-6
+
+    def __call__(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+class SlowEncoder(Encoder):
+    def __init__(self, clock: SlowRuns) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def encode(self, codec: Codec, raw: memoryview, level: int = 1) -> memoryview:
+        self._clock.now += 10.0 if len(raw) > SAMPLE else 1e-5
+        return super().encode(codec, raw, level)
+
+
+def test_a_codec_that_proved_slow_is_not_taken_again_for_a_fast_sample() -> None:
+    clock = SlowRuns()
+    chooser = AdaptiveChooser(2, 2, clock)
+    chooser._meter.rate = 1e6  # a run of 1 MiB takes 1 s raw, 10 s encoded
+    encoder = SlowEncoder(clock)
+    floats = brain_floats()
+    sent = [chooser.encode(encoder, INFO, floats)[0] for _ in range(100)]
+    assert sent[0] is not Codec.RAW
+    assert sent.count(Codec.RAW) > 85
+    assert set(sent[-60:]) == {Codec.RAW}
 
 
 def test_an_endless_link_is_raw_and_nothing_is_encoded() -> None:

@@ -80,13 +80,13 @@ class SimulatedPeer:
         )
 
         def handle(there: Agent) -> Reservation:
-            gpu_map, port, session_id, secret = there.destinations.reserve(
+            gpu_map, (address, port), session_id, secret = there.destinations.reserve(
                 migration, source, engine, needs, topology, options
             )
             return Reservation(
                 store_id=there.journal.store_id,
                 gpu_map=gpu_map,
-                data_address="b",
+                data_address=address,
                 data_port=port,
                 session_id=session_id,
                 session_secret=secret,

@@ -166,7 +166,7 @@ class Agent(Life):
         self.sources = SimulatedSources(self.host, self._dial)
         self.sources.node = node
         receiver = cast(Receiver, SimulatedReceiver())
-        self.destinations = Destinations(self.host, receiver, 1, self._dial)
+        self.destinations = Destinations(self.host, receiver, ("b", 1), self._dial)
 
     def start(self) -> None:
         """As the daemon: recover what was not granted here, answer, go on with the rest."""
@@ -227,6 +227,11 @@ class Node:
         self.world.tell(f"{self.name}: the agent starts (run {self.runs})")
         agent = self.agent = Agent(self)
         self.world.scheduler.start(f"{self.name} start {self.runs}", agent, agent.start)
+
+    def kill_agent(self, when: str) -> None:
+        """The agent dies, if there is one."""
+        if self.agent is not None:
+            self.crash_agent(when)
 
     def crash_agent(self, when: str, *, torn: bool = False) -> None:
         """The agent dies here and now; copies and what was written stay."""

@@ -219,5 +219,5 @@ class World:
             faults=dict(self.faults.happened),
             seconds=self.scheduler.now,
             points=self.points,
-            story=tuple(self.story) if kinds else (),
+            story=tuple(self.story),
         )

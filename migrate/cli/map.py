@@ -145,7 +145,11 @@ def load_machine(settings: Settings, name: str, pid: int | None) -> Machine:
     """
     if _is_folder(settings, name):
         return _from_folder(name, pid)
-    return _from_agent(settings.inventory, name, pid)
+    try:
+        inventory = settings.inventory
+    except UsageError as error:
+        raise UsageError(f"{name} is no folder, and as for hosts: {error}") from error
+    return _from_agent(inventory, name, pid)
 
 
 def _is_folder(settings: Settings, name: str) -> bool:

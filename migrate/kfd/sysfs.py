@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -24,6 +24,13 @@ from migrate.topology.model import Cache, Link, MemoryBank, Node, Topology
 _READ_ATTEMPTS = 5
 _SKIPPED = frozenset({"number", "gpu_id", "name", "mem_banks", "caches", "links"})
 _NODE_FIELDS = frozenset(f.name for f in msgspec.structs.fields(Node)) - _SKIPPED
+_COUNTS = frozenset({"mem_banks_count", "io_links_count", "p2p_links_count"})
+_OF_BANKS = frozenset({"heap_type", "size_in_bytes", "width", "mem_clk_max"})
+_OF_CACHES = frozenset({"level", "size", "type"})
+_OF_LINKS = frozenset(
+    {"type", "node_from", "node_to", "weight", "min_bandwidth", "max_bandwidth", "flags"}
+)
+_READ = _NODE_FIELDS | _COUNTS | _OF_BANKS | _OF_CACHES | _OF_LINKS
 
 
 class _Hidden(Exception):
@@ -187,9 +194,8 @@ def _properties(path: Path) -> dict[str, int]:
     result: dict[str, int] = {}
     for line in _text(path).splitlines():
         key, _, value = line.strip().partition(" ")
-        if not key or key == "sibling_map" or "," in value:
-            continue
-        result[key] = _integer(path, value, f" of {key}")
+        if key in _READ:
+            result[key] = _integer(path, value, f" of {key}")
     if not result:
         raise BrokenTopology(f"{path}: empty")
     return result
@@ -267,6 +273,16 @@ def read_processes(paths: HostPaths) -> tuple[ProcessUsage, ...]:
         return ()
     found = (read_process(paths, pid) for pid in pids)
     return tuple(usage for usage in found if usage is not None)
+
+
+def busy_gpus(processes: Iterable[ProcessUsage], apart: Collection[int] = ()) -> frozenset[int]:
+    """GPUs on which a process holds VRAM or a queue, the pids in *apart* not counted."""
+    found: set[int] = set()
+    for usage in processes:
+        if usage.pid not in apart:
+            found.update(gpu_id for gpu_id, size in usage.vram if size)
+            found.update(queue.gpu_id for queue in usage.queues)
+    return frozenset(found)
 
 
 # ---------------------------------------------------------------- VRAM in use

@@ -209,6 +209,7 @@ def test_usage_and_broken_trees_exit_with_2(
         ((), "SRC and DST are missing"),
         ((good,), "SRC and DST are missing"),
         ((good, tmp_path), "no KFD topology tree"),
+        ((good, "no-such-host", "--inventory", tmp_path / "none"), "no-such-host is no folder"),
         ((good, good, "--relax", "nonsense"), "there is no rule 'nonsense'"),
         ((good, good, "--gpu-map", "1"), "is not OLD=NEW"),
         ((good, good, "--pid", "0"), "pid"),

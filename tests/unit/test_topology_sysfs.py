@@ -14,6 +14,7 @@ from migrate.kfd.sysfs import (
     ProcessUsage,
     QueueUsage,
     VramUsage,
+    busy_gpus,
     read_process,
     read_processes,
     read_topology,
@@ -133,7 +134,7 @@ def change(path: Path, old: str, new: str) -> None:
 def test_fields_that_a_kernel_adds_or_lacks(tree: Path) -> None:
     before = read_topology(tree.parent).gpus[0]
     properties = tree / "1" / "properties"
-    properties.write_text(properties.read_text() + "shiny_new_field 7\n")
+    properties.write_text(properties.read_text() + "shiny_new_field 7\nshiny_text a,b\n")
     change(tree / "1/io_links/0/properties", "flags", "recommended_sdma_engine_id_mask 3\nflags")
     assert read_topology(tree.parent).gpus[0] == before
     change(properties, "num_xcc 1\n", "")
@@ -274,6 +275,8 @@ def test_processes_and_their_queues(tmp_path: Path) -> None:
     assert read_process(paths, 77) == expected
     assert read_processes(paths) == (expected,)
     assert read_process(paths, 78) is None
+    assert busy_gpus([expected]) == {41677}
+    assert busy_gpus([expected], apart=[77]) == frozenset()
 
 
 def test_free_vram(tmp_path: Path) -> None:

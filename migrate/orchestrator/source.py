@@ -95,6 +95,7 @@ class SourceMigration:
         self._sent_before: set[int] = set()
         self._reservation: Reservation | None = None
         self._sender: Sender | None = None
+        self._report: Report | None = None
 
     # ------------------------------------------------------------ the whole
 
@@ -130,7 +131,9 @@ class SourceMigration:
         return self.side.abort()
 
     def report_now(self) -> Report:
-        """The report as things stand, while it runs."""
+        """The report as things stand; the last one, if the journal did not take it."""
+        if self._report is not None:
+            return self._report
         return self.figures.report(
             self.side.machine.state,
             self.side.answer,
@@ -159,6 +162,7 @@ class SourceMigration:
         report = self.figures.report(state, self.side.answer, error, alive, self.host.peak_memory())
         self.narrator.owner = report.owner
         if state in (SourceState.DONE, SourceState.ROLLED_BACK, None) or error is not None:
+            self._report = report
             self._journal_report(report)
             self.narrator.end(report.status, report.owner, report.status)
         return report

@@ -27,11 +27,11 @@ def build_host(root: Path, options: argparse.Namespace) -> Host:
     (root / "kfd").unlink(missing_ok=True)
     (root / "run").mkdir(exist_ok=True)
     (root / "run" / "kernel.log").write_text("")
+    if options.gpus is not None:  # before the tree is written: sysfs shows what the node has
+        profile = msgspec.structs.replace(profile, slots=profile.slots[: options.gpus])
     gpus: tuple[TreeGpu, ...] = write_tree(profile, root / "sys", slot_offset=options.slot_offset)
     if options.vram is not None:
         gpus = tuple(msgspec.structs.replace(gpu, vram_bytes=options.vram) for gpu in gpus)
-    if options.gpus is not None:
-        gpus = gpus[: options.gpus]
     host = Host(
         root,
         gpus,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -20,7 +21,7 @@ from migrate.topology.model import Topology
 from migrate.topology.profiles import PROFILES, write_tree
 from migrate.topology.rules import RULES
 from migrate.topology.svg import svg
-from tests.unit.topology_kit import assemble, gpu, machine
+from tests.unit.topology_kit import MEMORY, assemble, gpu, machine
 
 IDS = [1, 2, 3, 4]
 ONE_HIVE = machine([gpu(g) for g in IDS], hives=[IDS])
@@ -118,12 +119,13 @@ def test_the_picture_of_a_refusal_says_why() -> None:
 
 
 @pytest.fixture(scope="module")
-def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trees")
-    for name, slot_offset in (("mi210x2", 0), ("mi210x2-pcie", 1), ("w7900x2", 0)):
-        write_tree(PROFILES[name], folder / name, slot_offset=slot_offset)
-    write_tree(PROFILES["mi210x2"], folder / "twin", slot_offset=2)
-    return folder
+def trees() -> Iterator[Path]:
+    with TemporaryDirectory(dir=MEMORY) as name:
+        folder = Path(name)
+        write_tree(PROFILES["mi210x2"], folder / "mi210x2")
+        write_tree(PROFILES["mi210x2-pcie"], folder / "mi210x2-pcie", slot_offset=1)
+        write_tree(PROFILES["mi210x2"], folder / "twin", slot_offset=2)
+        yield folder
 
 
 def ask(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
@@ -188,7 +190,8 @@ def test_for_people(trees: Path, capsys: pytest.CaptureFixture[str], tmp_path: P
 def test_what_a_process_of_a_saved_host_sees(
     trees: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(trees / "mi210x2", tmp_path / "kfd")
+    (tmp_path / "kfd").mkdir()
+    (tmp_path / "kfd" / "topology").symlink_to(trees / "mi210x2" / "topology")
     process = tmp_path / "kfd" / "proc" / "12"
     process.mkdir(parents=True)
     (process / "pasid").write_text("1")

@@ -14,7 +14,6 @@ import pytest
 from migrate.kfd.sysfs import read_topology
 from migrate.topology.match import match
 from migrate.topology.model import LinkType, Node, Topology
-from migrate.topology.profiles import PROFILES, write_tree
 from migrate.topology.relations import Joints
 from scenarios.bench.topology_machines import renumbered
 from tests.unit.topology_kit import assemble, both, gpu, machine, saved, unpack
@@ -55,8 +54,8 @@ def test_the_search_ends_where_every_gpu_alone_would_fit() -> None:
 def test_the_order_of_directory_entries_does_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_tree(PROFILES["mi210x2"], tmp_path)
-    straight = read_topology(tmp_path)
+    tree = unpack("mi210-8x2hives", tmp_path)
+    straight = read_topology(tree)
     listdir = os.listdir
 
     def shuffled(path: str) -> list[str]:
@@ -65,7 +64,7 @@ def test_the_order_of_directory_entries_does_not_matter(
         return names
 
     monkeypatch.setattr(os, "listdir", shuffled)
-    assert read_topology(tmp_path) == straight
+    assert read_topology(tree) == straight
 
 
 def test_the_search_goes_back_into_a_hive() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -93,7 +94,7 @@ def test_saved_trees_are_those_that_the_profiles_write(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(PROFILES))
 def test_hosts_in_other_slots_have_other_ids_and_take_each_others_processes(
-    name: str, tmp_path: Path
+    name: str,
 ) -> None:
     seen: set[int] = set()
     for slot_offset in range(6):
@@ -102,9 +103,11 @@ def test_hosts_in_other_slots_have_other_ids_and_take_each_others_processes(
         assert not ids & seen
         seen |= ids
     if len(PROFILES[name].slots) <= 2:
-        write_tree(PROFILES[name], tmp_path / "a")
-        write_tree(PROFILES[name], tmp_path / "b", slot_offset=1)
-        here, there = read_topology(tmp_path / "a"), read_topology(tmp_path / "b")
+        with TemporaryDirectory(dir=MEMORY) as folder:
+            trees = Path(folder, "a"), Path(folder, "b")
+            for slot_offset, path in enumerate(trees):
+                write_tree(PROFILES[name], path, slot_offset=slot_offset)
+            here, there = (read_topology(path) for path in trees)
         assert match(here, there).map is not None
 
 
@@ -119,10 +122,11 @@ def test_a_topology_goes_over_the_wire() -> None:
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Path:
+def tree() -> Iterator[Path]:
     """The nodes of a small machine: 0 is the CPU, 1 and 2 are GPUs."""
-    write_tree(PROFILES["mi210x2"], tmp_path)
-    return tmp_path / "topology" / "nodes"
+    with TemporaryDirectory(dir=MEMORY) as folder:
+        write_tree(PROFILES["mi210x2"], folder)
+        yield Path(folder) / "topology" / "nodes"
 
 
 def change(path: Path, old: str, new: str) -> None:

@@ -8,6 +8,7 @@ write, a host crashes and keeps what was synced, the disk comes back empty.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ class Disk:
         self._generation += 1
         self.path = self.folder / f"journal-{self._generation}.db"
         self.synced = 0  # bytes of the WAL that were fsynced
+        self.ends: list[int] = []  # bytes of the WAL at the end of each record
         self.before_last = 0  # bytes of the WAL before the last record
 
     @property
@@ -65,6 +67,10 @@ class Disk:
         old = self.path
         self._new()
         _remove(old)
+
+    def kept(self, rng: random.Random) -> int:
+        """What survives a power loss: what was synced, and what the kernel wrote back itself."""
+        return rng.choice([self.synced, *(end for end in self.ends if end > self.synced)])
 
     def torn(self) -> int:
         """Bytes of the WAL if the last record reached the disk only in part."""
@@ -114,14 +120,17 @@ class SimulatedJournal(Journal):
         world.scheduler.check()
         self._disk.before_last = self._disk.size()
         number = super().append(migration, kind, data)
+        self._disk.ends.append(self._disk.size())
         if self._synchronous >= FULL_SYNC:
             self._disk.synced = self._disk.size()
+        if kind in ("source", "destination") and crash != "torn":
+            node.recorded[kind] = str(state)
+            world.judge.recorded(kind, str(state))
         if crash == "torn":
             node.crash_agent(f"in the middle of the record {kind} {state}", torn=True)
         elif crash == "after":
             node.crash_agent(f"after the record {kind} {state}")
         elif kind in ("source", "destination"):
-            node.recorded[kind] = str(state)
             world.tell(f"{node.name}: journals {state}")
         world.scheduler.check()
         return number

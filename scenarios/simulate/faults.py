@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Moments of a run: how many named points a run without faults passes, and names worth a try.
 USUAL_POINTS = 60
 NAMED = (
-    *tuple(points.POINTS),
+    *points.POINTS,
     "send: Grant",
     "send: Restore",
     "send: Cancel",
@@ -25,7 +25,7 @@ NAMED = (
     "engine: thaw",
     "engine: kill",
 )
-ENGINE = ("freeze", "thaw", "kill", "build", "resume", "unpause", "pause", "stream")
+ENGINE = ("freeze", "thaw", "kill", "build", "resume", "open kfd", "unpause", "pause", "stream")
 KINDS: dict[str, int] = {  # weights
     "agent killed": 10,
     "agent killed at a write": 8,
@@ -45,6 +45,7 @@ KINDS: dict[str, int] = {  # weights
     "step fails": 3,
     "queues never start": 1,
     "copy dies": 2,
+    "agent down, then its copy dies": 2,
     "abort": 5,
 }
 
@@ -67,7 +68,7 @@ class Faults:
         self._seen: Counter[str] = Counter()
         self._passed = 0
         kinds, weights = list(KINDS), list(KINDS.values())
-        for kind in rng.choices(kinds, weights, k=rng.choice((0, 1, 1, 2, 2, 3, 4))):
+        for kind in rng.choices(kinds, weights, k=rng.choice((0, 1, 1, 2, 2, 3, 4, 6))):
             self._plan(kind)
 
     # ------------------------------------------------------------ the plan
@@ -131,6 +132,10 @@ class Faults:
                 world.tell(f"{name}: the copy dies by itself")
                 node().end_copy(copies[-1], "itself")
 
+        def fade() -> None:
+            node().kill_agent("and stays down for a while")
+            world.scheduler.later(rng.uniform(4.0, 12.0), die)
+
         def fail() -> None:
             raise points.InjectedFault("a step fails")
 
@@ -147,6 +152,7 @@ class Faults:
             "partition one way": lambda: cut((name, other)),
             "clock jump": jump,
             "copy dies": die,
+            "agent down, then its copy dies": fade,
             "abort": world.abort,
             "step fails": fail,
         }

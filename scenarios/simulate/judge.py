@@ -21,6 +21,8 @@ class Judge:
         self.world = world
         self.found: list[tuple[str, str]] = []
         self.owned_was_answered = False
+        self.refused_was_answered = False
+        self.granted = False
 
     def bug(self, why: str) -> None:
         """An exception that is no MigrateError."""
@@ -35,6 +37,15 @@ class Judge:
         self.world.tell(f"b: answers {answer}")
         if answer is Answer.OWNED:
             self.owned_was_answered = True
+            if not any(c.alive for c in self.world.destination_copies()):
+                self._broken("lost", "SEEN-ALIVE: OWNED is answered of a copy that is dead")
+        if answer is Answer.REFUSED:
+            self.refused_was_answered = True
+
+    def recorded(self, kind: str, state: str) -> None:
+        """A record is durable."""
+        if kind == "source" and state == SourceState.GRANTED:
+            self.granted = True
 
     # ------------------------------------------------------------ at every change
 
@@ -58,8 +69,16 @@ class Judge:
                 self._broken("double", f"REFUSED-STAYS: the copy runs, its journal says {state}")
         if copy is source and what == "let run":
             state = copy.node.recorded.get("source")
+            if self.granted and not self.refused_was_answered:
+                self._broken("double", "NO-TIMEOUT: the source undoes and nobody said REFUSED")
+            if state == SourceState.DEVICE and self._may_be_granted():
+                self._broken("double", "WRITE-FIRST: the source runs again and no record says so")
             if state in (SourceState.GRANTED, SourceState.RELEASING):
                 self._broken("double", f"NO-TIMEOUT: the source runs, its journal says {state}")
+
+    def _may_be_granted(self) -> bool:
+        other = self.world.nodes["b"].recorded.get("destination")
+        return other in (DestinationState.RESTORING, DestinationState.PREPARED)
 
     def gone(self, copy: Copy) -> None:
         """A copy ended; ``death`` says by whom."""

@@ -19,7 +19,6 @@ from migrate.orchestrator.destination import DestinationMigration
 from migrate.orchestrator.handover import (
     Answer,
     Answered,
-    CancelCame,
     Done,
     Failed,
     FirstResumeFailed,
@@ -297,42 +296,9 @@ def _once(self: SourceSide, event: Any) -> None:
         return
 
 
-def cancel_ends_owned() -> None:
-    """A cancel that comes late ends the copy."""
-
-    def cancel(original: Any, self: DestinationMigration) -> bool:
-        if self.machine.state is DestinationState.OWNED:
-            self._kill()
-        done: bool = original(self)
-        return done
-
-    _wrap(DestinationMigration, "cancel", cancel)
-
-
 def no_upkeep() -> None:
     """The destination never asks the source what became of it."""
     agents_destination.UPKEEP = 1e9
-
-
-def silence_is_no_grant() -> None:
-    """A silent source is taken for one that will not grant."""
-
-    def ask(original: Any, self: Destinations, migration: DestinationMigration) -> None:
-        silent = self._host.clock.monotonic() - migration.last_heard
-        if silent > agents_destination.SILENCE:
-            migration.feed(CancelCame())
-        original(self, migration)
-
-    _wrap(Destinations, "_ask_source", ask)
-
-
-def dead_source_is_undone() -> None:
-    """A restarted source whose copy is gone aborts the only copy that is left."""
-
-    def resume(original: Any, self: SourceSide) -> Any:
-        return Failed(why="the process is gone")
-
-    _wrap(SourceSide, "_ask_prepared", resume)
 
 
 def undo_forgets_the_queues() -> None:
@@ -367,10 +333,7 @@ MUTATIONS: Mapping[str, Callable[[], None]] = {
         refuse_before_the_record,
         kill_before_releasing,
         no_retry,
-        cancel_ends_owned,
         no_upkeep,
-        silence_is_no_grant,
-        dead_source_is_undone,
         undo_forgets_the_queues,
     )
 }

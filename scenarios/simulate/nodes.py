@@ -15,7 +15,7 @@ from migrate.dataplane.sender import Sender
 from migrate.dataplane.staging import Staging
 from migrate.dataplane.stats import RoundStats
 from migrate.engine.seam import ProcessEngine
-from migrate.errors import StreamBroken
+from migrate.errors import KfdUnavailable, StreamBroken
 from migrate.kfd.file import KfdFile
 from migrate.kfd.process import RestoreProof
 from migrate.model import HostPaths
@@ -77,6 +77,9 @@ class SimulatedHost(Host):
 
     def open_kfd(self) -> KfdFile:
         """See Host."""
+        engine = cast(Engine, self.engine)
+        engine.work(0.0005, "open kfd")
+        engine.fails("open kfd", KfdUnavailable("open of /dev/kfd: EMFILE"))
         return no_file()
 
     def resume(self, kfd: KfdFile, proof: RestoreProof) -> bool:
@@ -239,7 +242,7 @@ class Node:
 
     def crash_host(self) -> None:
         """Power is lost: copies are gone, the disk keeps what was synced."""
-        self._end_agent("the host crashes", self.disk.synced)
+        self._end_agent("the host crashes", self.disk.kept(self.world.random))
         self.boots += 1
         for copy in list(self.copies.values()):
             if copy.alive:

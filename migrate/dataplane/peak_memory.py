@@ -30,14 +30,16 @@ class Memory(Value):
 
 
 def measure(smaps: Iterable[str], staging: Ranges = ()) -> Memory:
-    """The sum over one smaps file. Mappings that lie within *staging* count as such."""
+    """The sum over one smaps file. Mappings that touch *staging* count as such.
+
+    The kernel joins staging only with other staging, live or closed and then empty.
+    """
     agent = staged = 0
     kind = ""
-    merged = merge(staging)
     for line in smaps:
         head = _HEAD.match(line)
         if head is not None:
-            kind = _kind(int(head[1], 16), int(head[2], 16), head[3], merged)
+            kind = _kind(int(head[1], 16), int(head[2], 16), head[3], staging)
         elif line.startswith("Pss:"):
             size = int(line.split()[1]) * 1024
             if kind == "staging":
@@ -48,20 +50,9 @@ def measure(smaps: Iterable[str], staging: Ranges = ()) -> Memory:
 
 
 def _kind(start: int, end: int, name: str, staging: Ranges) -> str:
-    if any(first <= start and end <= last for first, last in staging):
+    if any(first < end and start < last for first, last in staging):
         return "staging"
     return "bo" if name.startswith(_BO_NAMES) else "agent"
-
-
-def merge(ranges: Ranges) -> Ranges:
-    """Neighbouring ranges joined, as the kernel joins mappings of the same kind."""
-    joined: list[tuple[int, int]] = []
-    for first, last in sorted(ranges):
-        if joined and joined[-1][1] >= first:
-            joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
-        else:
-            joined.append((first, last))
-    return tuple(joined)
 
 
 def descendants(pid: int) -> list[int]:

@@ -42,6 +42,8 @@ class StagedObject:
         self.table = ChunkTable(info.size, info.chunk)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
         self._map = mmap.mmap(-1, -(-max(info.size, 1) // PAGE) * PAGE, flags=flags)
+        # Not for core dumps; and so the kernel joins it with no mapping that is not staging.
+        self._map.madvise(mmap.MADV_DONTDUMP)
         if info.size >= HUGE_PAGE:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.memory = memoryview(self._map)[: info.size]

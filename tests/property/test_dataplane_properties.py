@@ -7,7 +7,7 @@ import os
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from migrate.dataplane import messages
@@ -23,6 +23,7 @@ from migrate.dataplane.source import Round, SourceObject, Span
 from migrate.errors import FrameRejected, MigrateError, ProtocolMismatch
 
 CHUNK = 64 << 10
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 packing = st.sampled_from([Codec.ZSTD, Codec.PLANES2_ZSTD, Codec.PLANES4_ZSTD])
 data = st.one_of(
     st.binary(min_size=1, max_size=5000),
@@ -30,6 +31,7 @@ data = st.one_of(
 )
 
 
+@unhurried
 @given(codec=packing, raw=data, level=st.integers(1, 5))
 def test_codecs_are_exact(codec: Codec, raw: bytes, level: int) -> None:
     payload = Encoder().encode(codec, memoryview(raw), level)
@@ -38,6 +40,7 @@ def test_codecs_are_exact(codec: Codec, raw: bytes, level: int) -> None:
     assert out == raw
 
 
+@unhurried
 @given(codec=packing, raw=data, noise=st.binary(max_size=20), at=st.integers(0, 5000))
 def test_a_damaged_payload_is_refused_or_gives_as_many_bytes(
     codec: Codec, raw: bytes, noise: bytes, at: int
@@ -51,6 +54,7 @@ def test_a_damaged_payload_is_refused_or_gives_as_many_bytes(
     assert not any(out[len(raw) :])
 
 
+@unhurried
 @given(raw=data, wrong=st.integers(-3, 3).filter(bool))
 def test_a_payload_of_another_length_is_refused(raw: bytes, wrong: int) -> None:
     payload = Encoder().encode(Codec.ZSTD, memoryview(raw))
@@ -68,11 +72,13 @@ runs = st.builds(
 )
 
 
+@unhurried
 @given(run=runs)
 def test_runs_come_back(run: Run) -> None:
     assert Run.parse(run.pack()) == run
 
 
+@unhurried
 @given(
     run=runs,
     size=st.integers(0, 2**22),
@@ -88,6 +94,7 @@ def test_a_run_that_passes_lies_inside_its_object(run: Run, size: int, payload: 
     assert 0 < run.length <= size - run.offset
 
 
+@unhurried
 @given(meta=st.binary(max_size=60), length=st.integers(0, 2**20))
 def test_every_parser_takes_any_bytes(meta: bytes, length: int) -> None:
     parsers = (
@@ -106,6 +113,7 @@ def test_every_parser_takes_any_bytes(meta: bytes, length: int) -> None:
     assert isinstance(reason, str)
 
 
+@unhurried
 @given(prefix=st.binary(max_size=40))
 def test_any_prefix_is_parsed_or_refused(prefix: bytes) -> None:
     try:
@@ -115,6 +123,7 @@ def test_any_prefix_is_parsed_or_refused(prefix: bytes) -> None:
     assert parsed.pack() == prefix
 
 
+@unhurried
 @given(
     meta=st.binary(max_size=300),
     payload=st.binary(max_size=3000),
@@ -131,6 +140,7 @@ def test_frames_come_back(meta: bytes, payload: bytes, key: bytes) -> None:
     assert out == payload
 
 
+@unhurried
 @given(
     stream=st.integers(0, 63),
     epoch=st.integers(1, 2**64 - 1),
@@ -154,6 +164,7 @@ def test_a_hello_holds_for_its_greeting_and_secret_only(
         check_hello(bytes(altered), greeting, secret)
 
 
+@unhurried
 @given(length=st.integers(1, 5000), at=st.one_of(st.none(), st.integers(0, 4999)))
 def test_the_zero_test_sees_every_byte(length: int, at: int | None) -> None:
     block = bytearray(length)
@@ -185,6 +196,7 @@ class Sink:
         source.held.set_run(offset // CHUNK, digests)
 
 
+@unhurried
 @given(
     rounds=st.lists(
         st.lists(st.sampled_from([0, 1, 2, None]), min_size=11, max_size=11), min_size=1, max_size=4

@@ -23,7 +23,7 @@ from migrate.dataplane.source import Round, SourceObject, Span
 from migrate.errors import FrameRejected, MigrateError, ProtocolMismatch
 
 CHUNK = 64 << 10
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+unhurried = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 packing = st.sampled_from([Codec.ZSTD, Codec.PLANES2_ZSTD, Codec.PLANES4_ZSTD])
 data = st.one_of(
     st.binary(min_size=1, max_size=5000),

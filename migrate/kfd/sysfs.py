@@ -22,6 +22,7 @@ from migrate.topology.model import Cache, Link, MemoryBank, Node, Topology
 
 # A hotplug or partition change between two files shows as a new generation_id.
 _READ_ATTEMPTS = 5
+_LARGEST = (1 << 64) - 1
 _SKIPPED = frozenset({"number", "gpu_id", "name", "mem_banks", "caches", "links"})
 _NODE_FIELDS = frozenset(f.name for f in msgspec.structs.fields(Node)) - _SKIPPED
 _COUNTS = frozenset({"mem_banks_count", "io_links_count", "p2p_links_count"})
@@ -205,6 +206,8 @@ def _integer(path: Path, text: str, what: str = "") -> int:
     digits = text.strip()
     if not (digits.isascii() and digits.isdecimal()):
         raise BrokenTopology(f"{path}: the value{what} is {digits[:40]!r}, not a number")
+    if len(digits) > 20 or int(digits) > _LARGEST:
+        raise BrokenTopology(f"{path}: the value{what} has more than 64 bits")
     return int(digits)
 
 

@@ -41,6 +41,7 @@ VISIBLE_GPUS = "visible-gpus"  # no rule to relax: RESTORE wants the same number
 GPU_MAP = "gpu-map"  # the caller's own --gpu-map
 
 _NUMA_SHIFT = 12  # at most 2016 pairs of 64 GPUs
+_MOST_BANDWIDTH = (1 << 32) - 1  # the kernel's field has 32 bits
 ALL_RULES = (1 << len(RULES)) - 1
 OVERRIDE = 1 << len(RULES)  # a bit that nothing relaxes
 
@@ -275,7 +276,10 @@ def _grouping(a: Joint, b: Joint) -> int:
 
 
 def _bandwidth(a: Joint, b: Joint) -> int:
-    return sum(max(0, old - new) for old, new in zip(a.bandwidth, b.bandwidth, strict=True))
+    return sum(
+        min(max(0, old - new), _MOST_BANDWIDTH)
+        for old, new in zip(a.bandwidth, b.bandwidth, strict=True)
+    )
 
 
 # ---------------------------------------------------------------- results

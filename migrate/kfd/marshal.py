@@ -126,8 +126,9 @@ class Call(Value):
 class Reply(Value):
     """What an ioctl answered; ``regions`` has an item per region of the call.
 
-    The item is empty for a region whose direction has no OUT, and there are no regions
-    at all when ``errno`` is not 0. ``fds`` are numbers of whoever holds this value.
+    The item is empty for a region whose direction has no OUT. When ``errno`` is not 0
+    there are no regions and fds, unless the ioctl left fds behind and the executor was
+    told to keep them. ``fds`` are numbers of whoever holds this value.
     """
 
     errno: int
@@ -271,27 +272,37 @@ def _outgoing(slot: FdSlot, number: int, fds: list[int], remote_fds: bool) -> in
     return len(fds) - 1
 
 
-def apply(reply: Reply, request: int, arg: ctypes.Structure) -> None:
+def apply(
+    reply: Reply, request: int, arg: ctypes.Structure, *, keep_leftovers: bool = False
+) -> None:
     """Write a reply's results into *arg* and through its pointers; fds become numbers.
 
     ``reply.fds`` belong to *arg* afterwards; if this raises they are closed. Raises
     OSError: the ioctl's own errno, EFAULT for a pointer that can't be written, EPROTO
     if the reply does not fit the call.
+
+    *keep_leftovers* is for the simulated node's client: fds that a failed ioctl left
+    behind stay open in *arg*'s buffers, as the kernel leaves them.
     """
     used: set[int] = set()
+    has_results = reply.errno == 0 or (keep_leftovers and bool(reply.fds))
     try:
-        _apply(reply, request, arg, used)
+        _apply(reply, request, arg, used, has_results=has_results)
     except BaseException:
         close_all(reply.fds)
         raise
     close_all([fd for index, fd in enumerate(reply.fds) if index not in used])
+    if reply.errno:
+        raise OSError(reply.errno, os.strerror(reply.errno))
 
 
-def _apply(reply: Reply, request: int, arg: ctypes.Structure, used: set[int]) -> None:
+def _apply(
+    reply: Reply, request: int, arg: ctypes.Structure, used: set[int], *, has_results: bool
+) -> None:
     size = uapi._IOC_SIZE(request)
     before = bytes(arg)[:size]
     plan = layout(request, before)
-    if len(reply.arg) != size or (reply.errno == 0 and not _fits(reply, plan)):
+    if len(reply.arg) != size or (has_results and not _fits(reply, plan)):
         raise OSError(errno.EPROTO, "the reply does not fit the ioctl")
     raw = bytearray(reply.arg)
     datas = [bytearray(region) for region in reply.regions]
@@ -301,14 +312,12 @@ def _apply(reply: Reply, request: int, arg: ctypes.Structure, used: set[int]) ->
         if slot.direction is Direction.IN:
             if slot.region == ARG:
                 raw[slot.offset : slot.offset + 4] = before[slot.offset : slot.offset + 4]
-        elif reply.errno == 0:
+        elif has_results:
             _install(slot, raw if slot.region == ARG else datas[slot.region], reply.fds, used)
         elif slot.region == ARG:
             _put(raw, slot.offset, uapi.KFD_INVALID_FD)
     ctypes.memmove(ctypes.addressof(arg), bytes(raw), size)
-    if reply.errno:
-        raise OSError(reply.errno, os.strerror(reply.errno))
-    for region, data in zip(plan.regions, datas, strict=True):
+    for region, data in zip(plan.regions if has_results else (), datas, strict=False):
         if region.direction & Direction.OUT:
             write_memory(region.pointer, bytes(data))
 
@@ -332,11 +341,19 @@ def _install(slot: FdSlot, target: bytearray, fds: tuple[int, ...], used: set[in
 # ---------------------------------------------------------------- executor
 
 
-def execute(call: Call, file: KfdFile, *, remote_fds: bool = False) -> Reply:
+def execute(
+    call: Call, file: KfdFile, *, remote_fds: bool = False, keep_leftovers: bool = False
+) -> Reply:
     """Run *call* on *file* in this process and collect what came of it.
 
     *remote_fds* lets the caller name fds of this process by number: for executors that
     act for their own parent, never for a server.
+
+    fds that a failed ioctl left behind (RESTORE installs the BOs' fds before it restores
+    queues and events, and leaves them installed if those fail: kfd_chardev.c,
+    criu_restore) are closed here, since nobody else knows them: an executor leaks nothing
+    into its process. *keep_leftovers* is for the simulated node, which is the kernel to
+    its client: they are in the reply, with the regions.
 
     ``call.fds`` stay the caller's to close, as do ``reply.fds`` once they are sent. An
     OSError of the ioctl is in the reply, not raised. Raises FrameRejected for a call
@@ -359,10 +376,12 @@ def execute(call: Call, file: KfdFile, *, remote_fds: bool = False) -> Reply:
         raise FrameRejected("a region's data is not as long as the region")
     with contextlib.ExitStack() as stack:
         buffers = [stack.enter_context(GuardedBuffer(r.length)) for r in call.regions]
-        return _run(call, plan, buffers, file)
+        return _run(call, plan, buffers, file, keep_leftovers)
 
 
-def _run(call: Call, plan: Layout, buffers: list[GuardedBuffer], file: KfdFile) -> Reply:
+def _run(
+    call: Call, plan: Layout, buffers: list[GuardedBuffer], file: KfdFile, keep_leftovers: bool
+) -> Reply:
     size = len(call.arg)
     arg = _argument(size)
     ctypes.memmove(ctypes.addressof(arg), call.arg, size)
@@ -373,17 +392,20 @@ def _run(call: Call, plan: Layout, buffers: list[GuardedBuffer], file: KfdFile) 
         raw[spec.offset : spec.offset + 8] = buffer.address.to_bytes(8, "little")
     for slot in plan.slots:
         _incoming(slot, raw if slot.region == ARG else views[slot.region], call)
+    failed = 0
     try:
         file.ioctl(call.request, arg)
     except OSError as error:
-        _drop_fds(plan, raw, views)
-        return Reply(errno=error.errno or errno.EIO, arg=bytes(raw))
+        failed = error.errno or errno.EIO
     fds = _collect_fds(plan, raw, views)
+    if failed and not (keep_leftovers and fds):
+        close_all(fds)
+        return Reply(errno=failed, arg=bytes(raw))
     regions = tuple(
         bytes(view) if r.direction & Direction.OUT else b""
         for r, view in zip(plan.regions, views, strict=True)
     )
-    return Reply(errno=0, arg=bytes(raw), regions=regions, fds=tuple(fds))
+    return Reply(errno=failed, arg=bytes(raw), regions=regions, fds=tuple(fds))
 
 
 def _argument(size: int) -> ctypes.Structure:
@@ -416,12 +438,3 @@ def _collect_fds(plan: Layout, raw: memoryview, views: list[memoryview]) -> list
                 fds.append(number)
                 _put(target, at, len(fds) - 1)
     return fds
-
-
-def _drop_fds(plan: Layout, raw: memoryview, views: list[memoryview]) -> None:
-    """Close what a failed ioctl left behind.
-
-    RESTORE installs the BOs' fds before it restores queues and events, and leaves them
-    installed if those fail (kfd_chardev.c, criu_restore).
-    """
-    close_all(_collect_fds(plan, raw, views))

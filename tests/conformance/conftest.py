@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from migrate.kfd.sim.callers import may_checkpoint
-from tests.conformance.hosts import KERNEL, Host, any_host
+from tests.conformance.hosts import Host, any_host, simulated_host
 
 
 def _options() -> list[str]:
@@ -29,8 +29,6 @@ def host(_module_host: Host) -> Iterator[Host]:
 
 @pytest.fixture
 def broken_host() -> Iterator[Host]:
-    """A host that a test may break for good: simulated ones only."""
-    if KERNEL:
-        pytest.skip("would break this machine's kernel")
-    with any_host(*_options()) as host:
+    """A host that a test may break for good, so a simulated one."""
+    with simulated_host(*_options()) as host:
         yield host

@@ -145,10 +145,16 @@ class Restored:
         self.dmabufs = []
 
 
+class RestoreRefused(OSError):
+    """RESTORE's errno; ``left`` dmabuf fds it had left open (they are closed now)."""
+
+    left = 0
+
+
 def restore(file: KfdFile, image: Image, drm_fds: list[int], **changed: int) -> Restored:
     """RESTORE *image* as it stands, device by device with *drm_fds*; fills the BOs.
 
-    *changed* overrides fields of the argument. Raises OSError.
+    *changed* overrides fields of the argument. Raises RestoreRefused.
     """
     devices = (uapi.kfd_criu_device_bucket * max(1, len(image.devices)))()
     for index, (user, actual) in enumerate(image.devices):
@@ -168,8 +174,16 @@ def restore(file: KfdFile, image: Image, drm_fds: list[int], **changed: int) -> 
         "num_objects": image.num_objects,
     }
     fields.update(changed)
-    criu(file, uapi.KFD_CRIU_OP_RESTORE, **fields)
     done = [bos[index] for index in range(len(image.bos))]
+    try:
+        criu(file, uapi.KFD_CRIU_OP_RESTORE, **fields)
+    except OSError as error:
+        refused = RestoreRefused(error.errno, error.strerror)
+        for bucket in done:
+            if bucket.dmabuf_fd != INVALID:
+                os.close(bucket.dmabuf_fd)
+                refused.left += 1
+        raise refused from error
     for bucket, data in zip(done, image.contents, strict=False):
         if data is not None and bucket.dmabuf_fd != INVALID:
             write_dmabuf(bucket.dmabuf_fd, data)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from migrate.kfd import uapi
 from migrate.kfd.sim.opcodes import AddKernargs, CounterKernargs, FillKernargs, Opcode
@@ -284,8 +284,16 @@ def restored(link: Link, image: Image, layout: Layout) -> None:
     serve(link, found)
 
 
-def try_restore(link: Link, image: Image, options: dict[str, Any]) -> tuple[int, int]:
-    """errno of a RESTORE with *options*, and of a second, correct one in the same process.
+class Attempts(NamedTuple):
+    """errno of a RESTORE, of a second, good one, and how many dmabuf fds the first left open."""
+
+    first: int
+    second: int
+    left: int = 0
+
+
+def try_restore(link: Link, image: Image, options: dict[str, Any]) -> Attempts:
+    """A RESTORE with *options*, and a second, correct one in the same process.
 
     Options: ``fields`` overrides fields of the argument; ``null`` names pointers to be
     NULL; ``fds`` says which fd each device gets ('own', 'first', 'closed', 'kfd');
@@ -302,21 +310,24 @@ def try_restore(link: Link, image: Image, options: dict[str, Any]) -> tuple[int,
         args = uapi.kfd_ioctl_acquire_vm_args(drm_fd=file.fileno(), gpu_id=actual)
         process.kfd.ioctl(uapi.AMDKFD_IOC_ACQUIRE_VM, args)
     fields = dict.fromkeys(options.get("null", ()), 0) | options.get("fields", {})
-    first = _restore_errno(process, image, given, fields)
+    first, left = _restore_errno(process, image, given, fields)
     for actual in process.gpus:
         process.render[actual] = process.open_render(actual)
     fresh = [process.render[actual].fileno() for _, actual in good.devices]
-    second = _restore_errno(process, good, fresh, {})
-    link.say((first, second))
+    second, _ = _restore_errno(process, good, fresh, {})
+    link.say(Attempts(first, second, left))
     link.hear()
-    return first, second
+    return Attempts(first, second, left)
 
 
-def _restore_errno(process: Process, image: Image, fds: list[int], fields: dict[str, int]) -> int:
+def _restore_errno(
+    process: Process, image: Image, fds: list[int], fields: dict[str, int]
+) -> tuple[int, int]:
+    """(errno, dmabuf fds left in the buckets); no fd is left elsewhere."""
     before = len(os.listdir("/proc/self/fd"))
     try:
         raw.restore(process.kfd, image, fds, **fields).close()
-    except OSError as error:
+    except raw.RestoreRefused as error:
         assert len(os.listdir("/proc/self/fd")) == before, "fds were left behind"
-        return error.errno or -1
-    return 0
+        return error.errno or -1, error.left
+    return 0, 0

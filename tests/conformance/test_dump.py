@@ -12,7 +12,7 @@ import pytest
 from migrate.kfd import uapi
 from migrate.kfd.sim.faults import Fault
 from tests.conformance import image as raw
-from tests.conformance.hosts import KERNEL, Host, Link, any_host
+from tests.conformance.hosts import Host, Link, any_host
 from tests.conformance.image import Buffers
 from tests.conformance.kit import Process
 from tests.conformance.target import idle, target
@@ -195,9 +195,8 @@ def _open_without_gpus(link: Link) -> tuple[int, int]:
     return raw.errno_of(process.kfd, PROCESS_INFO), raw.errno_of(process.kfd, CHECKPOINT, **fields)
 
 
+@pytest.mark.simulated  # a real host needs a device cgroup that hides every GPU
 def test_process_without_a_gpu_is_enodev() -> None:
-    if KERNEL:
-        pytest.skip("needs a device cgroup that hides every GPU")
     with any_host("--gpus", "0", "--allow-unprivileged") as bare:
         assert bare.run(_open_without_gpus) == (errno.ENODEV, errno.ENODEV)
 
@@ -205,6 +204,7 @@ def test_process_without_a_gpu_is_enodev() -> None:
 # ---------------------------------------------------------------- ETIME: the scheduler hangs
 
 
+@pytest.mark.simulated
 def test_scheduler_hang_is_etime_then_unpause_einval_and_queue_creation_eio(
     broken_host: Host,
 ) -> None:

@@ -65,7 +65,7 @@ class SimFile:
         if request == uapi.AMDKFD_IOC_CRIU_OP:
             for fd in fds:  # the driver makes these without O_CLOEXEC
                 os.set_inheritable(fd, True)
-        marshal.apply(reply, request, arg)
+        marshal.apply(reply, request, arg, keep_leftovers=True)
 
     def mmap(self, offset: int, length: int, address: int | None = None) -> MappedMemory:
         """See KfdFile."""

@@ -45,8 +45,8 @@ def resume(host: Host, process: SimProcess, caller: callers.Caller, args: Any) -
     if not target.block_mmu_notifications:
         raise error(errno.EINVAL)
     target.block_mmu_notifications = False
-    if target.vm_by_stranger or host.faults.strike(Fault.RESUME_DEAD):
-        return  # the worker finds no mm and gives up
+    if host.faults.strike(Fault.RESUME_DEAD):
+        return
     worker = threading.Timer(RESUME_DELAY, _resume_worker, (host, target))
     worker.daemon = True
     worker.start()
@@ -59,9 +59,18 @@ def _find(host: Host, caller: callers.Caller, pid: int) -> SimProcess | None:
     return None
 
 
-def _resume_worker(host: Host, process: SimProcess) -> None:
+def _resume_worker(host: Host, target: SimProcess) -> None:
+    """amdgpu_amdkfd_restore_userptr_worker(): starts the queues of whoever made the VM.
+
+    That is a tracer, if it made the RESTORE through a stolen file. Then the process's own
+    queues never start; the tracer's do, if it has KFD state itself, and if it has that
+    without a VM, the kernel follows a NULL pointer.
+    """
     with host.lock:
-        if process.dead or host.broken:
+        assert target.vm_maker is not None
+        pid, start = target.vm_maker
+        process = host.processes.get(pid)
+        if process is None or process.start_time != start or process.dead or host.broken:
             return
         try:
             scheduler.restore(host, process)

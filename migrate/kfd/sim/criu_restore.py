@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import os
 from typing import TYPE_CHECKING, Any
 
 from migrate.kfd import privdata, uapi
+from migrate.kfd.marshal import close_all
 from migrate.kfd.sim import callers, scheduler
 from migrate.kfd.sim.criu_dump import WITH_DMABUF, bucket_offset, export
 from migrate.kfd.sim.event_ioctls import kmap_event_page
@@ -67,29 +67,14 @@ def restore(host: Host, process: SimProcess, caller: callers.Caller, args: Any) 
         raise error(errno.EINVAL)
     scheduler.evict(host, process)
     private = _Private(args.priv_data, args.priv_data_size)
-    stranger = caller.pid != process.pid
     _restore_process(process, private)
-    _restore_devices(host, process, args, private, stranger=stranger)
-    fds = _restore_bos(host, process, args, private)
-    try:
-        _restore_objects(host, process, args.num_objects, private)
-        if not private.at_end:
-            raise error(errno.EINVAL)
-    except OSError:
-        _close_restored(args, fds)
-        raise
+    _restore_devices(host, process, args, private, caller.pid)
+    _restore_bos(host, process, args, private)
+    # What fails from here on leaves the dmabuf fds in the caller's buckets.
+    _restore_objects(host, process, args.num_objects, private)
+    if not private.at_end:
+        raise error(errno.EINVAL)
     host.write_process(process)
-
-
-def _close_restored(args: Any, fds: list[int]) -> None:
-    """The driver leaves these fds open; who carries the ioctl closes them: see marshal."""
-    for index, fd in enumerate(fds):
-        bucket = uapi.kfd_criu_bo_bucket.from_address(
-            args.bos + index * ctypes.sizeof(uapi.kfd_criu_bo_bucket)
-        )
-        if fd != uapi.KFD_INVALID_FD:
-            os.close(fd)
-            bucket.dmabuf_fd = uapi.KFD_INVALID_FD
 
 
 def _restore_process(process: SimProcess, private: _Private) -> None:
@@ -101,7 +86,7 @@ def _restore_process(process: SimProcess, private: _Private) -> None:
 
 
 def _restore_devices(
-    host: Host, process: SimProcess, args: Any, private: _Private, *, stranger: bool
+    host: Host, process: SimProcess, args: Any, private: _Private, caller: int
 ) -> None:
     if args.num_devices != len(process.devices):
         raise error(errno.EINVAL)
@@ -118,30 +103,31 @@ def _restore_devices(
         file = host.find_file(bucket.drm_fd)
         if file is None:
             raise error(errno.EINVAL)
-        host.init_vm(device, file, stranger=stranger)
+        host.init_vm(device, file, caller)
         device.doorbell_backing()
     private.take(args.num_devices * _DEVICE)
 
 
-def _restore_bos(host: Host, process: SimProcess, args: Any, private: _Private) -> list[int]:
-    """criu_restore_bos(): the dmabuf fds, as they stand in the buckets. Raises OSError."""
+def _restore_bos(host: Host, process: SimProcess, args: Any, private: _Private) -> None:
+    """criu_restore_bos(): the caller sees its buckets changed only if all BOs are made."""
     record_type = privdata.BO_RECORDS[host.bo_record_size]
     private.need(args.num_bos * host.bo_record_size)
     process.block_mmu_notifications = True
     if host.faults.strike(Fault.RESTORE_ENOMEM):
         raise error(errno.ENOMEM)
+    size = args.num_bos * ctypes.sizeof(uapi.kfd_criu_bo_bucket)
+    buckets = (uapi.kfd_criu_bo_bucket * args.num_bos)()
+    ctypes.memmove(buckets, args.bos, size)
     fds: list[int] = []
-    size = ctypes.sizeof(uapi.kfd_criu_bo_bucket)
     try:
-        for index in range(args.num_bos):
+        for bucket in buckets:
             record = record_type.from_buffer_copy(private.take(host.bo_record_size))
-            bucket = uapi.kfd_criu_bo_bucket.from_address(args.bos + index * size)
             _restore_bo(host, process, bucket, record)
             fds.append(bucket.dmabuf_fd)
     except OSError:
-        _close_restored(args, fds)
+        close_all([fd for fd in fds if fd != uapi.KFD_INVALID_FD])
         raise
-    return fds
+    ctypes.memmove(args.bos, buckets, size)
 
 
 def _restore_bo(host: Host, process: SimProcess, bucket: Any, record: Any) -> None:

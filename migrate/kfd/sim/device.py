@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from migrate.kfd.sim.callers import start_time_of
 from migrate.kfd.sim.faults import Faults
-from migrate.kfd.sim.memory import AddressSpace, Backing, Bo
+from migrate.kfd.sim.memory import AddressSpace, Backing, Bo, align_up
 from migrate.kfd.sim.process import DeviceData, SimProcess
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from migrate.topology.profiles import TreeGpu
 
 DRM_FILE_PAGE_OFFSET_START = 0x100000000  # where DRM begins to hand out mmap offsets
+
+# amdgpu_amdkfd_gpuvm.c of Linux 6.1; bytes
+VRAM_AVAILABILITY_ALIGN = 1 << 21
+AMDGPU_VM_RESERVED_VRAM = 8 << 20
 
 
 @dataclass(eq=False)
@@ -41,6 +45,7 @@ class Gpu:
     spec: TreeGpu
     engine: Engine | None = None
     vram_used: int = 0
+    vram_used_aligned: int = 0  # each BO as whole 2 MiB
     mmap_offsets: dict[int, Bo] = field(default_factory=dict)
     next_offset: int = DRM_FILE_PAGE_OFFSET_START
     hws_hang: bool = False
@@ -51,6 +56,12 @@ class Gpu:
     def gpu_id(self) -> int:
         """The actual gpu_id."""
         return self.spec.gpu_id
+
+    def use_vram(self, size: int) -> None:
+        """Account for a BO of *size* bytes; negative when it is freed."""
+        self.vram_used += size
+        whole = align_up(abs(size), VRAM_AVAILABILITY_ALIGN)
+        self.vram_used_aligned += whole if size > 0 else -whole
 
 
 class Host:
@@ -109,19 +120,22 @@ class Host:
             return None
         return file
 
-    def init_vm(self, device: DeviceData, file: OpenFile, *, stranger: bool = False) -> None:
-        """kfd_process_device_init_vm(). Raises OSError(EBUSY, EINVAL).
+    def init_vm(self, device: DeviceData, file: OpenFile, caller: int) -> None:
+        """kfd_process_device_init_vm() in process *caller*. Raises OSError(EBUSY, EINVAL).
 
         Whose render node it is, is not looked at; that it is one, is, and that it has no
-        compute VM yet.
+        compute VM yet. The first VM notes who made it (init_kfd_vm() in
+        amdgpu_amdkfd_gpuvm.c): that one's queues are what RESUME will start.
         """
         if device.drm_file is not None:
             raise OSError(errno.EBUSY, "has a VM")
         if file.gpu is None or file.has_vm:
             raise OSError(errno.EINVAL, "not a fresh render node")
+        process = device.process
+        if not process.has_vm:
+            process.vm_maker = (caller, start_time_of(caller))
         file.has_vm = True
         device.drm_file = file
-        device.process.vm_by_stranger |= stranger
 
     def close_file(self, file: OpenFile) -> None:
         """The last fd of an open file is closed."""
@@ -178,7 +192,7 @@ class Host:
     def reserve_vram(self, gpu: Gpu, size: int) -> None:
         """Raises OSError(ENOMEM) if the GPU has no *size* bytes left."""
         self.reap_orphans(gpu)
-        if gpu.vram_used + size > gpu.spec.vram_bytes:
+        if gpu.vram_used + size > gpu.spec.vram_bytes - self._page_table_reserve():
             raise OSError(errno.ENOMEM, "VRAM is full")
         self._use_vram(gpu, size)
 
@@ -211,8 +225,18 @@ class Host:
             backing.vram_of.orphans.append(backing)
             self.reap_orphans(backing.vram_of)
 
+    def available_vram(self, gpu: Gpu) -> int:
+        """amdgpu_amdkfd_get_available_memory(): careful, in steps of 2 MiB."""
+        self.reap_orphans(gpu)
+        free = gpu.spec.vram_bytes - gpu.vram_used_aligned - self._page_table_reserve()
+        return max(free, 0) & ~(VRAM_AVAILABILITY_ALIGN - 1)
+
+    def _page_table_reserve(self) -> int:
+        """ESTIMATE_PT_SIZE(), of the GPUs' memory: the host's own has no number here."""
+        return max(sum(gpu.spec.vram_bytes for gpu in self.gpus) >> 14, AMDGPU_VM_RESERVED_VRAM)
+
     def _use_vram(self, gpu: Gpu, size: int) -> None:
-        gpu.vram_used += size
+        gpu.use_vram(size)
         self.write_vram(gpu)
 
     # ------------------------------------------------------------ sysfs

@@ -51,7 +51,7 @@ class Runner:
         """Run *call* and answer on *channel*."""
         self._channel = channel
         try:
-            reply = marshal.execute(call, self)
+            reply = marshal.execute(call, self, keep_leftovers=True)
         except FrameRejected:
             return
         delivered = answer(channel, reply.encode(), reply.fds)

@@ -72,9 +72,7 @@ def per_gpu_setting(host: Host, process: SimProcess, args: Any) -> None:
 
 def get_available_memory(host: Host, process: SimProcess, args: Any) -> None:
     """AVAILABLE_MEMORY."""
-    gpu = process.device(args.gpu_id).gpu
-    host.reap_orphans(gpu)
-    args.available = gpu.spec.vram_bytes - gpu.vram_used
+    args.available = host.available_vram(process.device(args.gpu_id).gpu)
 
 
 # ---------------------------------------------------------------- the table

@@ -31,9 +31,14 @@ PAGE = 4096
 Bytes = NDArray[np.uint8]
 
 
+def align_up(size: int, step: int) -> int:
+    """ALIGN(): *size* rounded up to a multiple of *step*, a power of two."""
+    return (size + step - 1) & ~(step - 1)
+
+
 def page_align(size: int) -> int:
     """Bytes rounded up to whole pages."""
-    return (size + PAGE - 1) & ~(PAGE - 1)
+    return align_up(size, PAGE)
 
 
 class Backing:

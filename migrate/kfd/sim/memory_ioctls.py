@@ -33,7 +33,7 @@ def acquire_vm(host: Host, process: SimProcess, args: Any) -> None:
         if device.drm_file is file:
             return
         raise error(errno.EBUSY)
-    host.init_vm(device, file)
+    host.init_vm(device, file, process.pid)
 
 
 def alloc_memory_of_gpu(host: Host, process: SimProcess, args: Any) -> None:

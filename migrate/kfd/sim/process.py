@@ -109,7 +109,7 @@ class SimProcess:
         self.queues_paused = False
         self.xnack = False
         self.block_mmu_notifications = False  # set by RESTORE, cleared by RESUME
-        self.vm_by_stranger = False  # VM made by another process (a tracer)
+        self.vm_maker: tuple[int, int] | None = None  # pid, start time: this one, or a tracer
 
     def device(self, user_gpu_id: int, missing: int = errno.EINVAL) -> DeviceData:
         """kfd_process_device_data_by_id(). Raises OSError(*missing*)."""

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from functools import cache
 
 from migrate.orchestrator.handover import (
-    Answer,
     Built,
     CancelCame,
     CopyDied,
@@ -40,6 +39,7 @@ from scenarios.simulate.model.world import (
 UNGRANTED = frozenset(
     {DestinationState.RESERVED, DestinationState.RESTORING, DestinationState.PREPARED}
 )
+NEVER_RAN = frozenset({DestinationState.REFUSED, DestinationState.ABORTED})
 OWNS = frozenset({DestinationState.OWNED, DestinationState.OWNED_DEAD})
 NOT_GRANTED = frozenset({SourceState.UNDOING, SourceState.ROLLED_BACK})
 
@@ -108,6 +108,8 @@ def _down(world: World) -> Iterator[Step]:
     here = world.destination
     event = Restarted(copy_present=_present(here))
     back = here._replace(up=True, memory=here.disk, queue=(event,) if here.disk.state else ())
+    if not POLICY.remembers_refused and here.disk.state in NEVER_RAN:
+        back = back._replace(memory=DestinationDisk(None), queue=())
     yield Step("the destination's agent restarts and reads its journal", _put(world, back))
     if "destination-host" not in world.broken:
         off = here._replace(copy="gone" if _present(here) else here.copy)
@@ -242,9 +244,6 @@ def _start(world: World, go: DestinationHost) -> Iterator[Step]:
         )
         return
     runs = go._replace(copy="runs", ran=True)
-    if not POLICY.replies_owned_after_start and Reply(answer=Answer.OWNED) in go.queue:
-        early = go._replace(queue=(go.queue[-1], Start()))
-        yield Step("the destination answers before it starts", _put(world, early))
     yield Step("the destination starts its copy", _put(world, runs))
     if go.copy == "held" or not POLICY.refuses_only_what_never_ran:
         yield Step("the first RESUME fails", _put(world, refused), False)

@@ -11,7 +11,6 @@ from migrate.orchestrator.handover import (
     Answered,
     CancelCame,
     DestinationHandover,
-    Done,
     Failed,
     GrantCame,
     Kill,
@@ -109,29 +108,6 @@ def _cancel_ends_owned(on: On, machine: Any, event: Any) -> tuple[Any, ...]:
     return on(machine, event)
 
 
-def _refuse_before_end(on: On, machine: Any, event: Any) -> tuple[Any, ...]:
-    effects = on(machine, event)
-    if effects and isinstance(effects[-1], Kill) and machine.state is DestinationState.OWNED:
-        from migrate.orchestrator.handover import Reply  # noqa: PLC0415
-
-        return (effects[0], Reply(answer=Answer.REFUSED))
-    if isinstance(event, Done):
-        return effects
-    return effects
-
-
-def _forget_refused(stack: ExitStack) -> None:
-    init = DestinationHandover.__init__
-
-    def forgetful(
-        self: DestinationHandover, state: DestinationState | None = None, token: bytes = b""
-    ) -> None:
-        gone = state in (DestinationState.REFUSED, DestinationState.ABORTED)
-        init(self, DestinationState.PREPARED if gone and token else state, token)
-
-    _replace(stack, DestinationHandover, "__init__", forgetful)
-
-
 def _restart_aborts(on: On, machine: Any, event: Any) -> tuple[Any, ...]:
     if type(event).__name__ == "Restarted" and machine.state is SourceState.GRANTED:
         return _undo(machine)
@@ -149,8 +125,7 @@ MUTATIONS: Mapping[str, Mutation] = {
     "resume_before_owned": _machine(DestinationHandover, _start_first),
     "reply_before_owned": _machine(DestinationHandover, _reply_first),
     "cancel_ends_owned": _machine(DestinationHandover, _cancel_ends_owned),
-    "refused_before_the_copy_is_ended": _machine(DestinationHandover, _refuse_before_end),
-    "forget_refused_on_restart": _forget_refused,
+    "forget_refused_on_restart": _policy("remembers_refused"),
     "skip_fsync": _policy("writes_are_durable"),
     "undo_without_record": _policy("records_undo_before_thaw"),
     "refuse_what_ran": _policy("refuses_only_what_never_ran"),

@@ -18,9 +18,9 @@ class Policy:
     watchdog_records_first: bool = True
     watchdog_spares_granted: bool = True
     reports_a_dead_prepared_copy: bool = True
+    remembers_refused: bool = True  # over a restart
     retries: bool = True  # a failed effect of a decided handover is done again
     writes_are_durable: bool = True
-    replies_owned_after_start: bool = True
 
 
 POLICY = Policy()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from migrate.orchestrator.handover import Answer
 from migrate.status import DestinationState, SourceState
 from scenarios.simulate.model.world import ENDS_COPY, TOKEN, Step, World, store_of
@@ -15,34 +17,42 @@ STANDS_STILL = frozenset({SourceState.GRANTED, SourceState.RELEASING})
 
 def violations(before: World, step: Step) -> list[str]:
     """The invariants that a step from *before* breaks, by name."""
-    found = []
     after = step.world
-    source, destination = after.source, after.destination
-    if source.copy == "runs" and destination.copy == "runs":
+    found = [*_of_source(before, after), *_of_destination(before, step)]
+    if after.source.copy == "runs" and after.destination.copy == "runs":
         found.append("ONE-RUNS: both copies may run")
-    if source.copy == "runs" and before.source.copy != "runs":
-        if destination.ran and not after.resolved:
-            found.append("NO-REPLAY: the source runs again though the copy ran")
-        if source.up and source.memory.state in STANDS_STILL:
-            found.append("NO-TIMEOUT: the source runs though it is granted")
-    if destination.copy == "runs" and before.destination.copy != "runs":
-        if source.ran and not after.resolved:
-            found.append("NO-STALE: the copy runs though the source ran after its image")
-        if destination.disk.state in NEVER_RUNS:
-            found.append(
-                f"REFUSED-STAYS: the copy runs and its journal says {destination.disk.state}"
-            )
-    moved = source.disk.state is not before.source.disk.state and not after.resolved
-    if moved and before.source.disk.state is SourceState.GRANTED:
-        if source.disk.state is SourceState.RELEASING and not _told(after, Answer.OWNED):
-            found.append("DEAD-STAYS: the source ends its copy and nobody said OWNED")
-        if source.disk.state is SourceState.UNDOING and not _told(after, Answer.REFUSED):
-            found.append("NO-TIMEOUT: the source undoes and nobody said REFUSED")
-    if before.destination.copy == "runs" and step.name == ENDS_COPY:
-        found.append("OWNED-STAYS: the destination ends a copy that ran")
     if _gone(after) and not _gone(before) and not after.broken:
         found.append("NEVER-NONE: no copy is left and nothing broke")
     return found
+
+
+def _of_source(before: World, after: World) -> Iterator[str]:
+    source, destination = after.source, after.destination
+    if source.copy == "runs" and before.source.copy != "runs":
+        if destination.ran and not after.resolved:
+            yield "NO-REPLAY: the source runs again though the copy ran"
+        unsure = destination.disk.state in (DestinationState.RESTORING, DestinationState.PREPARED)
+        if source.disk.state is SourceState.DEVICE and unsure:
+            yield "WRITE-FIRST: the source runs again and no record says so"
+        if source.up and source.memory.state in STANDS_STILL:
+            yield "NO-TIMEOUT: the source runs though it is granted"
+    moved = source.disk.state is not before.source.disk.state and not after.resolved
+    if moved and before.source.disk.state is SourceState.GRANTED:
+        if source.disk.state is SourceState.RELEASING and not _told(after, Answer.OWNED):
+            yield "SEEN-ALIVE: the source ends its copy and nobody said OWNED"
+        if source.disk.state is SourceState.UNDOING and not _told(after, Answer.REFUSED):
+            yield "NO-TIMEOUT: the source undoes and nobody said REFUSED"
+
+
+def _of_destination(before: World, step: Step) -> Iterator[str]:
+    source, destination = step.world.source, step.world.destination
+    if destination.copy == "runs" and before.destination.copy != "runs":
+        if source.ran and not step.world.resolved:
+            yield "NO-STALE: the copy runs though the source ran after its image"
+        if destination.disk.state in NEVER_RUNS:
+            yield f"REFUSED-STAYS: the copy runs and its journal says {destination.disk.state}"
+    if before.destination.copy == "runs" and step.name == ENDS_COPY:
+        yield "OWNED-STAYS: the destination ends a copy that ran"
 
 
 def _told(world: World, answer: Answer) -> bool:

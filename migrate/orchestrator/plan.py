@@ -27,10 +27,11 @@ class Options(Value):
 class KfdNeeds(Value):
     """What one KFD process needs at the destination.
 
-    ``gpus``: actual gpu_ids at the source, visible to it. ``vram``: bytes by actual
+    ``identities``: pairs of user_gpu_id and actual gpu_id. ``gpus``: actual gpu_ids at the source, visible to it. ``vram``: bytes by actual
     gpu_id. ``priv_bo_size``: bytes of a BO record in private data (80 or 272).
     """
 
+    identities: tuple[tuple[int, int], ...]
     gpus: tuple[int, ...]
     vram: dict[int, int]
     priv_bo_size: int

@@ -12,12 +12,13 @@ from migrate.errors import (
     VisibleGpus,
 )
 from migrate.kfd.process import KfdCheckpoint
+from migrate.kfd.sysfs import busy_gpus, read_processes
 from migrate.model import GpuMap
 from migrate.orchestrator.host import Host, available_memory
 from migrate.orchestrator.objects import private_data
 from migrate.orchestrator.plan import KfdNeeds, Needs, Options
 from migrate.topology.gpumap import parse_gpu_map
-from migrate.topology.match import error_of, match
+from migrate.topology.match import PREFERENCES, error_of, match
 from migrate.topology.model import Topology
 
 # A process may allocate between the reservation and the freeze; more than that is refused.
@@ -43,7 +44,10 @@ def _kfd_needs(checkpoint: KfdCheckpoint) -> KfdNeeds:
         if bo.is_vram:
             vram[actual[bo.gpu_id]] += bo.size
     return KfdNeeds(
-        gpus=tuple(actual.values()), vram=vram, priv_bo_size=private_data(checkpoint).bo_record_size
+        identities=tuple(actual.items()),
+        gpus=tuple(actual.values()),
+        vram=vram,
+        priv_bo_size=private_data(checkpoint).bo_record_size,
     )
 
 
@@ -85,16 +89,21 @@ def choose_map(host: Host, source: Topology, wanted: Needs, options: Options) ->
             advice="Choose a destination with as many GPUs, or one that can hide GPUs by a"
             " device cgroup (criu engine, cgroup v2, root).",
         )
-    override = parse_gpu_map(options.gpu_map, source, destination) if options.gpu_map else None
+    identities = [pair for kfd in wanted.processes for pair in kfd.identities]
+    override = (
+        parse_gpu_map(options.gpu_map, source, destination, identities=identities)
+        if options.gpu_map
+        else None
+    )
     result = match(
         source,
         destination,
         visible=visible,
         needs=vram,
         free=host.free_vram(),
-        busy=(),  # sharing a GPU is the operator's business; VRAM taken counts in free
+        busy=busy_gpus(read_processes(host.paths)),
         override=override,
-        relax=frozenset(options.relax),
+        relax=PREFERENCES | frozenset(options.relax),
     )
     if result.map is None:
         raise error_of(result)

@@ -280,9 +280,14 @@ class SourceSide:
         self.narrator.say(f"OWNER_UNKNOWN: {why}; the source stays frozen and keeps asking")
 
     def _ask_prepared(self) -> SourceEvent | None:
-        """Our copy is gone: does the destination hold one? It may be the only one left."""
+        """Our copy is gone: does the destination hold one? It may be the only one left.
+
+        Asks until it is answered: only an operator, by an abort, gives that copy up.
+        """
         delay = RETRY
         while not self.stop.is_set():
+            if self.cancel.is_set():
+                return Failed(why="aborted while the destination did not answer")
             try:
                 state = self.peer.query(self.migration)
             except MigrateError:

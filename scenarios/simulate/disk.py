@@ -55,7 +55,8 @@ class Disk:
         old, wal = self.path, self._wal
         length = self.size() if keep is None else min(keep, self.size())
         self._new()
-        shutil.copyfile(old, self.path)
+        if old.exists():
+            shutil.copyfile(old, self.path)
         if length:
             shutil.copyfile(wal, self._wal)
             os.truncate(self._wal, length)

@@ -103,7 +103,8 @@ class Judge:
         if any(n.agent is None and not n.off_for_good for n in world.nodes.values()):
             return "an agent is not up"
         if here.agent is not None and here.agent.sources._running():
-            if said == SourceState.GRANTED and self._excused():
+            asks = said == SourceState.DEVICE and not source.alive and there.off_for_good
+            if (said == SourceState.GRANTED or asks) and self._excused():
                 return "operator"
             return f"the source is not done: {said}"
         running = [c for c in (source, *others) if c.alive and c.tasks_run]

@@ -182,6 +182,9 @@ class World:
             if not runs:
                 self.switch_off(there)
             live.side.resolve(Resolved(source_owns=not runs, fenced="a" if runs else "b"))
+        elif here.agent is not None and said == SourceState.DEVICE:
+            self.resolved = "given up"  # nobody has a copy any more
+            next(iter(here.agent.sources._live.values())).abort()
         elif there.agent is not None and copies and not runs:
             if there.recorded.get("destination") != DestinationState.PREPARED:
                 return "ended" if self.faults.happened["journal lost"] else "a copy stands still"

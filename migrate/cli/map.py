@@ -17,7 +17,7 @@ from migrate.model import HostPaths, Value
 from migrate.topology import drawing
 from migrate.topology.explain import Explanation, as_document, explain
 from migrate.topology.gpumap import parse_gpu_map
-from migrate.topology.match import Case, MatchResult, decide, error_of
+from migrate.topology.match import PREFERENCES, Case, MatchResult, decide, error_of
 from migrate.topology.model import Topology
 from migrate.topology.rules import RULES
 from migrate.topology.svg import svg
@@ -109,7 +109,7 @@ def answer(
         busy=destination.busy,
         override=parse_gpu_map(gpu_map, source.topology, destination.topology) if gpu_map else (),
     )
-    result = decide(case, relax)
+    result = decide(case, PREFERENCES.union(relax))
     explanation = explain(case, result) if explained else None
     if picture is not None:
         names = source.name, destination.name

@@ -88,6 +88,11 @@ class MatchResult(Value):
     proven: bool = True
 
 
+# Rules that are broken rather than that a process stays where it is: an idle GPU is
+# better than one that another process uses, and that one is better than none.
+PREFERENCES = frozenset({"busy"})
+
+
 def match(
     source: Topology,
     destination: Topology,

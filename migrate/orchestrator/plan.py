@@ -28,7 +28,8 @@ class KfdNeeds(Value):
     """What one KFD process needs at the destination.
 
     ``identities``: pairs of user_gpu_id and actual gpu_id. ``gpus``: actual gpu_ids at the
-    source, visible to it. ``vram``: bytes by actual gpu_id. ``priv_bo_size``: bytes of a BO record in private data (80 or 272).
+    source, visible to it. ``vram``: bytes by actual gpu_id. ``priv_bo_size``: bytes of a
+    BO record in private data (80 or 272).
     """
 
     identities: tuple[tuple[int, int], ...]

@@ -7,6 +7,7 @@ returns), except that ``Paused`` knows how to leave no queue paused.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import socket
@@ -71,11 +72,17 @@ def _send(channel: socket.socket, request: Message, reply: Message) -> None:
 
 
 class Paused:
-    """Runs ioctls on files and remembers which of them left queues paused."""
+    """Runs ioctls on files and remembers which of them left queues paused.
 
-    def __init__(self) -> None:
+    *stolen*: the files are another process's. RESTORE is refused there: the driver notes
+    who calls as the owner of the memory, RESUME then starts that one's queues instead of
+    the copy's, and oopses the kernel if that one has KFD state without a VM.
+    """
+
+    def __init__(self, *, stolen: bool = False) -> None:
         self.files: dict[int, KfdFile] = {}
         self._paused: set[int] = set()
+        self._stolen = stolen
 
     def ioctl(self, request: Message) -> Message:
         """Handler of Kind.IOCTL."""
@@ -83,15 +90,15 @@ class Paused:
         if file is None:
             raise OSError(errno.EBADF, f"the executor has no file {request.file}")
         call = marshal.Call.decode(request.payload, request.fds)
+        if self._stolen and _operation(call) == uapi.KFD_CRIU_OP_RESTORE:
+            raise OSError(errno.EPERM, "RESTORE must be made by the restored process itself")
         reply = marshal.execute(call, file, remote_fds=True)
         if not reply.errno:
             self._note(request.file, call)
         return Message(Kind.REPLY, payload=reply.encode(), fds=reply.fds)
 
     def _note(self, number: int, call: marshal.Call) -> None:
-        if call.request != uapi.AMDKFD_IOC_CRIU_OP:
-            return
-        operation = uapi.kfd_ioctl_criu_args.from_buffer_copy(call.arg).op
+        operation = _operation(call)
         if operation == uapi.KFD_CRIU_OP_PROCESS_INFO:
             self._paused.add(number)
         elif operation == uapi.KFD_CRIU_OP_UNPAUSE:
@@ -110,3 +117,11 @@ class Paused:
         for file in self.files.values():
             file.close()
         self.files.clear()
+
+
+def _operation(call: marshal.Call) -> int | None:
+    """The CRIU operation that *call* is, None if it is none."""
+    if uapi._IOC_NR(call.request) != uapi._IOC_NR(uapi.AMDKFD_IOC_CRIU_OP):
+        return None
+    size = ctypes.sizeof(uapi.kfd_ioctl_criu_args)
+    return int(uapi.kfd_ioctl_criu_args.from_buffer_copy(call.arg[:size].ljust(size, b"\0")).op)

@@ -35,7 +35,7 @@ class Helper:
         self._pid = pid
         self._paths = paths
         self._stopped = Stopped(pid)
-        self._executed = Paused()
+        self._executed = Paused(stolen=True)
         self._hold = False
 
     def run(self, channel: socket.socket) -> None:

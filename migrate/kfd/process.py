@@ -250,7 +250,8 @@ class KfdProcess:
         and is checked whole before the kernel sees it.
 
         Raises RestoreFailed, MissingCapability, ProcessExited. After a refusal by the
-        kernel the process is of no use any more; a second attempt is refused here.
+        kernel the process is of no use any more; a second attempt is refused here. No fd
+        is left open: the kernel leaves the BOs' dmabufs if it fails after them.
         """
         check_checkpoint(checkpoint)
         devices = _new_devices(checkpoint, gpu_map, drm_fds)
@@ -286,7 +287,13 @@ class KfdProcess:
                 raise
             dmabufs = _take_dmabufs(list(bo_array))
             offsets = tuple(bucket.restored_offset for bucket in bo_array)
-        return Restored(proof, offsets, dmabufs)
+            restored = Restored(proof, offsets, dmabufs)
+            try:
+                _check_sizes(self.pid, checkpoint, dmabufs)
+            except MigrateError:
+                restored.close()
+                raise
+        return restored
 
     @contextmanager
     def _errors(
@@ -408,12 +415,35 @@ def _bo(bucket: uapi.kfd_criu_bo_bucket) -> BoBucket:
 def _bucket(bo: BoBucket) -> uapi.kfd_criu_bo_bucket:
     return uapi.kfd_criu_bo_bucket(
         addr=bo.addr,
-        size=bo.size,
+        size=_asked_size(bo),
         offset=bo.offset,
         gpu_id=bo.gpu_id,
         alloc_flags=bo.alloc_flags,
         dmabuf_fd=uapi.KFD_INVALID_FD,
     )
+
+
+def _asked_size(bo: BoBucket) -> int:
+    """What RESTORE must be asked for to make a BO of ``bo.size`` bytes.
+
+    The memory of an AQL queue (KFD_IOC_ALLOC_MEM_FLAGS_AQL_QUEUE_MEM) is mapped twice in
+    a row, so the driver takes half of what it is asked for. CHECKPOINT tells that half
+    (amdgpu_bo_size()), and RESTORE takes it for a request and halves it again
+    (amdgpu_amdkfd_gpuvm_alloc_memory_of_gpu(), Linux 6.1): rings would shrink with
+    every move, and the GPU would fault at their upper half.
+    """
+    is_aql = bo.alloc_flags & uapi.KFD_IOC_ALLOC_MEM_FLAGS_AQL_QUEUE_MEM
+    return bo.size * 2 if is_aql else bo.size
+
+
+def _check_sizes(pid: int, checkpoint: KfdCheckpoint, dmabufs: list[int | None]) -> None:
+    """Refuse a copy whose BOs have other sizes than at the source. Raises RestoreFailed."""
+    for bo, fd in zip(checkpoint.bos, dmabufs, strict=True):
+        size = bo.size if fd is None else os.lseek(fd, 0, os.SEEK_END)
+        if size != bo.size:
+            raise RestoreFailed(
+                f"RESTORE of process {pid}: the BO at {bo.addr:#x} has {size} bytes, not {bo.size}"
+            )
 
 
 def _new_devices(

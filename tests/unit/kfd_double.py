@@ -42,6 +42,7 @@ class KfdDouble:
         self.devices: list[tuple[int, int, int]] = []
         self.private = private()
         self.leave_fds_on_failure = False
+        self.halves_aql = True
         self.handed_out: list[int] = []
 
     def ioctl(self, request: int, arg: ctypes.Structure) -> None:
@@ -111,8 +112,9 @@ class KfdDouble:
     def _resume(self, args: uapi.kfd_ioctl_criu_args) -> None:
         pass
 
-    def _dmabuf(self) -> int:
+    def _dmabuf(self, size: int = PAGE) -> int:
         fd = os.memfd_create("dmabuf", 0)  # without CLOEXEC, as the kernel does it
+        os.ftruncate(fd, size)
         self.handed_out.append(fd)
         return fd
 
@@ -130,5 +132,7 @@ class KfdDouble:
         bos = (uapi.kfd_criu_bo_bucket * args.num_bos).from_address(args.bos)
         for n, bo in enumerate(bos):
             if bo.alloc_flags & uapi.KFD_IOC_ALLOC_MEM_FLAGS_VRAM:
-                bo.dmabuf_fd = self._dmabuf()
+                is_aql = bo.alloc_flags & uapi.KFD_IOC_ALLOC_MEM_FLAGS_AQL_QUEUE_MEM
+                halved = is_aql and self.halves_aql
+                bo.dmabuf_fd = self._dmabuf(bo.size // 2 if halved else bo.size)
                 bo.restored_offset = (n + 5) * PAGE

@@ -164,9 +164,9 @@ class RecordingFile:
 
 @contextlib.contextmanager
 def executor(
-    more: dict[Kind, Callable[[Message], Message]] | None = None,
+    more: dict[Kind, Callable[[Message], Message]] | None = None, *, stolen: bool = False
 ) -> Iterator[tuple[Connection, RecordingFile, Paused]]:
-    file, paused = RecordingFile(), Paused()
+    file, paused = RecordingFile(), Paused(stolen=stolen)
     paused.files[7] = file  # type: ignore[assignment]
     with pair() as (ours, theirs):
         handlers = {Kind.IOCTL: paused.ioctl, **(more or {})}
@@ -221,6 +221,21 @@ def test_an_executor_that_is_gone_is_told() -> None:
             theirs.close()
             with pytest.raises(ConnectionResetError):
                 Connection(ours).ask(Kind.HOLD)
+
+
+def test_restore_never_goes_through_a_stolen_file() -> None:
+    def restore(remote: RemoteFile) -> None:
+        args = uapi.kfd_ioctl_criu_args(op=uapi.KFD_CRIU_OP_RESTORE)
+        remote.ioctl(uapi.AMDKFD_IOC_CRIU_OP, args)
+
+    with executor(stolen=True) as (connection, file, _):
+        with pytest.raises(OSError, match="by the restored process itself") as raised:
+            restore(RemoteFile(connection, 7))
+        assert raised.value.errno == errno.EPERM
+        assert file.operations == []
+    with executor() as (connection, file, _):
+        restore(RemoteFile(connection, 7))
+        assert file.operations == [uapi.KFD_CRIU_OP_RESTORE]
 
 
 def test_what_was_left_paused_is_known_and_undone_once() -> None:

@@ -290,6 +290,29 @@ def test_restore_and_resume(node: KfdDouble, process: KfdProcess, render_node: i
     assert node.calls == [RESTORE, RESUME]
 
 
+def an_aql_ring() -> KfdCheckpoint:
+    """The checkpoint with its first BO mapped twice, as memory of an AQL queue is."""
+    checkpoint = a_checkpoint()
+    ring, *others = checkpoint.bos
+    flags = ring.alloc_flags | uapi.KFD_IOC_ALLOC_MEM_FLAGS_AQL_QUEUE_MEM
+    ring = msgspec.structs.replace(ring, alloc_flags=flags)
+    return msgspec.structs.replace(checkpoint, bos=(ring, *others))
+
+
+def test_the_memory_of_an_aql_queue_is_not_halved(process: KfdProcess, render_node: int) -> None:
+    with process.restore(an_aql_ring(), {OLD: NEW}, {NEW: render_node}, MINORS) as restored:
+        assert restored.dmabufs[0] is not None
+        assert os.fstat(restored.dmabufs[0]).st_size == PAGE
+
+
+def test_a_bo_of_another_size_is_noticed(
+    node: KfdDouble, process: KfdProcess, render_node: int
+) -> None:
+    node.halves_aql = False
+    with pytest.raises(RestoreFailed, match=f"has {2 * PAGE} bytes, not {PAGE}"):
+        process.restore(an_aql_ring(), {OLD: NEW}, {NEW: render_node}, MINORS)
+
+
 def test_a_second_restore_never_reaches_the_kernel(
     node: KfdDouble, process: KfdProcess, render_node: int
 ) -> None:

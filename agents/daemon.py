@@ -38,6 +38,7 @@ from migrate.rpc.peer import GrpcPeer
 _log = logging.getLogger(__name__)
 
 WORKERS = 64  # calls at once; a watcher holds one as long as it watches
+JOURNAL_FAILED = 74  # exit code: EX_IOERR of sysexits.h
 STOP_GRACE = 5.0  # seconds that calls under way have at the end
 
 
@@ -49,7 +50,7 @@ class Agent:
         self.config = config
         paths = config.host_paths()
         self._lock = _only_agent(paths)
-        self.journal = Journal(Path(paths.run) / "journal.db")
+        self.journal = Journal(Path(paths.run) / "journal.db", fail_stop=_journal_failed)
         self._memory = PeakMemorySampler(self._staging_ranges, exclude=_not_a_helper)
         self.host = Host(
             name=config.name,
@@ -132,6 +133,12 @@ class Agent:
 
     def _staging_ranges(self) -> tuple[tuple[int, int], ...]:
         return self.destinations.staging_ranges()
+
+
+def _journal_failed(why: str) -> None:
+    """End at once, as by kill -9: see migrate.journal. A new agent reads what there is."""
+    _log.critical("%s; the agent ends", why)
+    os._exit(JOURNAL_FAILED)
 
 
 def _engine(name: str, paths: HostPaths) -> ProcessEngine:

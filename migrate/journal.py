@@ -7,6 +7,12 @@ comes after it in the program comes after it in every crash.
 Records are never changed or removed. A journal has a random ``store_id``: a peer
 that answers with another one is another journal (an empty disk, a restored
 backup), and what it does not know proves nothing.
+
+A record that the file system had no room for is not there. But after an I/O error, of an
+fsync above all, nobody can tell: the next start may find the record, or not, and another
+fsync proves nothing (the kernel drops pages it could not write). Whoever went on with the
+state before it could do what the record forbids. So the journal then takes no more
+records and calls ``fail_stop``, which ends the agent: the next one reads what there is.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -98,9 +104,11 @@ def read_records(path: Path) -> list[Record]:
 class Journal:
     """The log of one agent. Safe to use from several threads."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, fail_stop: Callable[[str], None] = lambda _why: None) -> None:
         """Open or create it. Raises JournalUnusable."""
         self.path = path
+        self._fail_stop = fail_stop
+        self._broken = ""
         self._lock = threading.RLock()
         with self._errors():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,10 +135,18 @@ class Journal:
         """
         payload = msgspec.json.encode(data)
         with self._lock, self._errors():
-            cursor = self._db.execute(
-                "INSERT INTO records (migration, kind, data, wall) VALUES (?, ?, ?, ?)",
-                (migration, kind, payload, time.time()),
-            )
+            if self._broken:
+                raise JournalUnusable(self._broken)
+            try:
+                cursor = self._db.execute(
+                    "INSERT INTO records (migration, kind, data, wall) VALUES (?, ?, ?, ?)",
+                    (migration, kind, payload, time.time()),
+                )
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_IOERR:
+                    self._broken = f"journal {self.path}: {error}; what it holds is not known"
+                    self._fail_stop(self._broken)
+                raise
             assert cursor.lastrowid is not None
             return cursor.lastrowid
 

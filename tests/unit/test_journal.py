@@ -108,3 +108,38 @@ def test_a_full_disk_raises_and_the_record_is_not_there(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j.db")
     assert len(journal.history("m")) == 1
     journal.close()
+
+
+_IO_ERROR = """
+import resource, signal, sys
+from pathlib import Path
+from migrate.errors import JournalUnusable
+from migrate.journal import Journal
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+said = []
+journal = Journal(Path(sys.argv[1]), fail_stop=said.append)
+journal.append("m", "n", 0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (262144, resource.RLIM_INFINITY))
+try:
+    for number in range(1, 1000):
+        journal.append("m", "n", number)
+except JournalUnusable:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    try:
+        journal.append("m", "n", "later")
+    except JournalUnusable as error:
+        assert said == [error.message], said
+        print("stopped at", number)
+"""
+
+
+def test_after_an_io_error_no_record_is_taken_and_the_agent_is_ended(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    done = subprocess.run(
+        [sys.executable, "-c", _IO_ERROR, str(path)], capture_output=True, text=True, check=True
+    )
+    number = int(done.stdout.removeprefix("stopped at "))
+    assert number > 1
+    found = [record.decode(int) for record in Journal(path).history("m")]
+    assert found[:number] == list(range(number))

@@ -30,6 +30,7 @@ from migrate.model import HostPaths
 from tests.conformance import kit
 
 KERNEL = os.environ.get("MIGRATE_CONFORMANCE") == "kernel"
+PARTS = ("dump", "product", "restore", "surprises", "work")
 DEADLINE = 30.0  # seconds; a condition that is not met by then never will be
 PR_SET_PTRACER = 0x59616D61
 PR_SET_PTRACER_ANY = ctypes.c_ulong(-1).value
@@ -38,7 +39,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "migrate.kfd.sim.client",
-        *(f"tests.conformance.test_{part}" for part in ("dump", "restore", "surprises", "work")),
+        *(f"tests.conformance.test_{part}" for part in PARTS),
     ]
 )
 

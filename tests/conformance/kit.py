@@ -25,6 +25,7 @@ GTT = uapi.KFD_IOC_ALLOC_MEM_FLAGS_GTT
 USERPTR = uapi.KFD_IOC_ALLOC_MEM_FLAGS_USERPTR
 DOORBELL = uapi.KFD_IOC_ALLOC_MEM_FLAGS_DOORBELL
 MMIO = uapi.KFD_IOC_ALLOC_MEM_FLAGS_MMIO_REMAP
+AQL = uapi.KFD_IOC_ALLOC_MEM_FLAGS_AQL_QUEUE_MEM
 WRITABLE = uapi.KFD_IOC_ALLOC_MEM_FLAGS_WRITABLE
 DOORBELL_SLICE = 8192
 CONTROL_STACK = 4096
@@ -33,7 +34,7 @@ FIRST_ADDRESS = 0x100000000
 
 @dataclass
 class Buffer:
-    """A BO of the process; ``memory`` is its CPU mapping."""
+    """A BO of the process; ``memory`` is its CPU mapping, ``size`` the bytes of that."""
 
     handle: int
     address: int
@@ -157,8 +158,10 @@ class Process:
         wanted = self.gpu_ids if gpus is None else gpus
         if wanted:
             self.map(buffer, wanted)
+        if flags & AQL:
+            buffer.size //= 2  # mapped twice in a row on the GPU
         if mapped and flags & (VRAM | GTT):
-            buffer.memory = self.render[gpu_id].mmap(args.mmap_offset, size)
+            buffer.memory = self.render[gpu_id].mmap(args.mmap_offset, buffer.size)
         self.buffers.append(buffer)
         return buffer
 

@@ -15,6 +15,7 @@ from tests.conformance import image as raw
 from tests.conformance.hosts import DEADLINE, Link
 from tests.conformance.image import Image
 from tests.conformance.kit import (
+    AQL,
     DOORBELL,
     DOORBELL_SLICE,
     GTT,
@@ -78,6 +79,10 @@ class Target:
 
     # ------------------------------------------------------------ what tests ask for
 
+    def where(self) -> Layout:
+        """The layout as it is by now."""
+        return self.layout
+
     def start_counter(self, queue: int = 0) -> None:
         """The persistent kernel; what is behind it in the ring has to wait."""
         at = self.buffers["counter"].address + 64 * queue
@@ -135,6 +140,20 @@ class Target:
     def fill(self, value: int) -> None:
         work = self.buffers["work"]
         self.process.run(self.queues[1], Opcode.FILL, FillKernargs(work.address, work.size, value))
+
+    def alloc_aql(self) -> None:
+        """Memory for an AQL ring: what is asked for is twice what there is."""
+        flags = GTT | AQL | WRITABLE
+        self.buffers["aql"] = self.process.alloc(self.process.gpu_ids[-1], 4 * PAGE, flags)
+
+    def fill_aql(self, value: int) -> bytes:
+        """Fill it through both of its mappings on the GPU; the values found in memory."""
+        aql = self.buffers["aql"]
+        for half in range(2):
+            at = aql.address + half * aql.size
+            kernargs = FillKernargs(at, aql.size // 2, value + half)
+            self.process.run(self.queues[1], Opcode.FILL, kernargs)
+        return aql.read(0, 4)
 
     def alloc(self) -> None:
         self.buffers["extra"] = self.process.alloc(self.process.gpu_ids[0], PAGE)

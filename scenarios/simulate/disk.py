@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,49 +26,56 @@ FULL_SYNC = 2  # PRAGMA synchronous: FULL, an fsync of the WAL at every commit
 
 
 class Disk:
-    """One host's journal file. A crash makes a new generation of it."""
+    """One host's run directory, with the journal in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._generation = 0
-        self._new()
+        self.path = folder / "journal.db"
+        self._forget()
 
-    def _new(self) -> None:
-        self._generation += 1
-        self.path = self.folder / f"journal-{self._generation}.db"
+    def _forget(self) -> None:
         self.synced = 0  # bytes of the WAL that were fsynced
         self.ends: list[int] = []  # bytes of the WAL at the end of each record
         self.before_last = 0  # bytes of the WAL before the last record
 
-    @property
-    def _wal(self) -> Path:
-        return self.path.with_name(self.path.name + "-wal")
+    def _file(self, suffix: str) -> Path:
+        return self.folder / f"journal.db{suffix}"
 
     def size(self) -> int:
         """Bytes of the WAL."""
         try:
-            return os.stat(self._wal).st_size
+            return os.stat(self._file("-wal")).st_size
         except FileNotFoundError:
             return 0
 
-    def crash(self, *, keep: int | None = None) -> None:
-        """What a next start finds: the file, and the first *keep* bytes of the WAL (None: all)."""
-        old, wal = self.path, self._wal
+    def crash(self, close: Callable[[], None], *, keep: int | None = None) -> None:
+        """What a next start finds: the file, and the first *keep* bytes of the WAL (None: all).
+
+        *close* closes what the dead agent had open, for SQLite then tidies up by name.
+        """
         length = self.size() if keep is None else min(keep, self.size())
-        self._new()
-        if old.exists():
-            shutil.copyfile(old, self.path)
-        if length:
-            shutil.copyfile(wal, self._wal)
-            os.truncate(self._wal, length)
+        kept = {}
+        for suffix in ("", "-wal"):
+            if self._file(suffix).exists():
+                kept[suffix] = self._file(f"{suffix}.kept")
+                shutil.copyfile(self._file(suffix), kept[suffix])
+        close()
+        self._remove()
+        for suffix, path in kept.items():
+            path.rename(self._file(suffix))
+        if "-wal" in kept:
+            os.truncate(self._file("-wal"), length)
+        self._forget()
         self.synced = length
-        _remove(old)
 
     def lose(self) -> None:
-        """The disk comes back empty."""
-        old = self.path
-        self._new()
-        _remove(old)
+        """The disk comes back empty. Nothing has it open."""
+        self._remove()
+        self._forget()
+
+    def _remove(self) -> None:
+        for suffix in ("", "-wal", "-shm"):
+            self._file(suffix).unlink(missing_ok=True)
 
     def kept(self, rng: random.Random) -> int:
         """What survives a power loss: what was synced, and what the kernel wrote back itself."""
@@ -76,11 +84,6 @@ class Disk:
     def torn(self) -> int:
         """Bytes of the WAL if the last record reached the disk only in part."""
         return (self.before_last + self.size()) // 2
-
-
-def _remove(path: Path) -> None:
-    for suffix in ("", "-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 class SimulatedJournal(Journal):

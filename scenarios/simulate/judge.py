@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from agents.watchdog import notes
 from migrate.orchestrator.handover import Answer
 from migrate.status import DestinationState, SourceState
 
@@ -71,7 +72,8 @@ class Judge:
             state = copy.node.recorded.get("source")
             if self.granted and not self.refused_was_answered:
                 self._broken("double", "NO-TIMEOUT: the source undoes and nobody said REFUSED")
-            if state == SourceState.DEVICE and self._may_be_granted():
+            noted = bool(notes(copy.node.disk.folder))  # the watchdog's own record
+            if state == SourceState.DEVICE and self._may_be_granted() and not noted:
                 self._broken("double", "WRITE-FIRST: the source runs again and no record says so")
             if state in (SourceState.GRANTED, SourceState.RELEASING):
                 self._broken("double", f"NO-TIMEOUT: the source runs, its journal says {state}")

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from agents import destination as agents_destination
+from agents import watchdog
 from agents.destination import Destinations
 from migrate.errors import JournalUnusable, MigrateError, PeerLost
-from migrate.orchestrator import source_handover, watchdog
+from migrate.orchestrator import source_handover
 from migrate.orchestrator.destination import DestinationMigration
 from migrate.orchestrator.handover import (
     Answer,
@@ -28,7 +29,7 @@ from migrate.orchestrator.handover import (
     Write,
 )
 from migrate.orchestrator.peer import GrantReply
-from migrate.orchestrator.source_handover import SourceSide, StateRecord, undo
+from migrate.orchestrator.source_handover import SourceSide, undo
 from migrate.status import DestinationState, SourceState
 
 
@@ -153,21 +154,12 @@ def forget_refused_on_restart() -> None:
 
 def watchdog_ignores_granted() -> None:
     """The watchdog thaws whatever stands still."""
-    watchdog.UNDOES = watchdog.UNDOES | {SourceState.GRANTED}
+    watchdog.MAY_RUN = watchdog.MAY_RUN | {SourceState.GRANTED}
 
 
 def watchdog_keeps_no_record() -> None:
-    """The watchdog thaws without a record, and a restarted agent takes DEVICE for frozen."""
-
-    def orphan(journal: Any, engine: Any, migration: str) -> bool:
-        found, request = journal.last(migration, "source"), journal.last(migration, "request")
-        if found is None or request is None:
-            return False
-        if found.decode(StateRecord).state in watchdog.UNDOES:
-            undo(journal, engine, migration, watchdog._process(request.data))
-        return True
-
-    watchdog._undo_orphan = orphan
+    """The watchdog thaws without a note, and a restarted agent takes DEVICE for frozen."""
+    _wrap(watchdog.Rescue, "_note", lambda *_: None)
 
 
 def hook_unpause_in_hold() -> None:

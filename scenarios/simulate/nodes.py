@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from agents.destination import Destinations
 from agents.source import Sources
+from agents.watchdog import AGAIN, GIVE_UP, Rescue, notes
 from migrate.dataplane.receiver import Receiver
 from migrate.dataplane.sender import Sender
 from migrate.dataplane.staging import Staging
@@ -23,7 +24,6 @@ from migrate.orchestrator.clock import Clock, Thread
 from migrate.orchestrator.host import Host
 from migrate.orchestrator.peer import Peer, Reservation
 from migrate.orchestrator.plan import Options
-from migrate.orchestrator.watchdog import undo_orphans
 from migrate.report import PeakMemory
 from migrate.topology.model import Topology
 from scenarios.simulate.disk import Disk, SimulatedJournal
@@ -176,7 +176,7 @@ class Agent(Life):
         self.destinations.recover()
         self.serves = True
         self.destinations.start()
-        self.sources.recover()
+        self.sources.recover(notes(self.node.disk.folder))
 
     def _dial(self, name: str, _address: str) -> Peer:
         return SimulatedPeer(name, self)
@@ -189,6 +189,8 @@ class Node:
         self.world = world
         self.name = name
         folder.mkdir()
+        for file in ("agent.lock", "watchdog.notes"):
+            (folder / file).touch()
         self.disk = Disk(folder)
         self.boots = 1
         self.runs = 0
@@ -251,14 +253,13 @@ class Node:
     def _end_agent(self, how: str, keep: int | None) -> None:
         agent = self.agent
         self.world.tell(f"{self.name}: {how}")
-        self.disk.crash(keep=keep)
+        self.disk.crash(agent.journal.close if agent is not None else lambda: None, keep=keep)
         if self.watch is not None:
             self.watch.end()
         self.agent = None
         if agent is None:
             return
         self.world.scheduler.kill(agent)
-        agent.journal._db.close()
         for copy in self.copies.values():
             if copy.alive and not copy.built:
                 # A copy under construction ends when its builder's socket closes.
@@ -277,25 +278,28 @@ class Node:
         self.crash_host()
         self.world.tell(f"{self.name}: the journal is lost")
         self.disk.lose()
+        (self.disk.folder / "watchdog.notes").write_bytes(b"")
         self.recorded.clear()
 
 
 class _Watchdog(Life):
-    """One run of the watchdog, which holds the agent's lock."""
+    """One run of the product's watchdog; a new agent waits for it."""
 
     def __init__(self, node: Node) -> None:
         super().__init__(f"{node.name} watchdog")
         self.node = node
-        self.journal = SimulatedJournal(node)
 
     def act(self) -> None:
-        """Look after the processes of a dead agent."""
-        self.node.world.tell(f"{self.node.name}: the watchdog looks after orphans")
-        undo_orphans(self.journal, cast(ProcessEngine, Engine(self.node, None)))
+        """As its main does once the agent is dead."""
+        node, scheduler = self.node, self.node.world.scheduler
+        node.world.tell(f"{node.name}: the watchdog looks after orphans")
+        rescue = Rescue(node.disk.folder, cast(ProcessEngine, Engine(node, None)))
+        until = scheduler.now + GIVE_UP
+        while scheduler.now < until and not rescue.act():
+            scheduler.sleep(AGAIN)
         self.end()
 
     def end(self) -> None:
         """Ended or killed."""
         self.node.watch = None
-        self.dead = True
-        self.journal._db.close()
+        self.node.world.scheduler.kill(self)

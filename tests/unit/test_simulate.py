@@ -125,16 +125,14 @@ def read(disk: Disk) -> list[int]:
 def test_a_killed_agent_keeps_every_record(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     journal = write(disk, 5)
-    disk.crash()
-    journal.close()
+    disk.crash(journal.close)
     assert read(disk) == [0, 1, 2, 3, 4]
 
 
 def test_a_torn_record_is_not_there_and_those_before_are(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     journal = write(disk, 5)
-    disk.crash(keep=disk.torn())
-    journal.close()
+    disk.crash(journal.close, keep=disk.torn())
     assert read(disk) == [0, 1, 2, 3]
 
 
@@ -144,8 +142,7 @@ def test_a_power_loss_keeps_what_was_synced_and_maybe_more(tmp_path: Path) -> No
     disk.synced = disk.ends[1]
     kept = {disk.kept(random.Random(seed)) for seed in range(50)}
     assert kept == set(disk.ends[1:])
-    disk.crash(keep=disk.synced)
-    journal.close()
+    disk.crash(journal.close, keep=disk.synced)
     assert read(disk) == [0, 1]
 
 
@@ -153,8 +150,8 @@ def test_a_lost_journal_is_another_one(tmp_path: Path) -> None:
     disk = Disk(tmp_path)
     journal = write(disk, 1)
     store = journal.store_id
-    disk.lose()
     journal.close()
+    disk.lose()
     again = Journal(disk.path)
     assert again.store_id != store
     assert again.migrations() == []

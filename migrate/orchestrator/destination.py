@@ -243,6 +243,9 @@ class DestinationMigration:
             faults.point(_AFTER_WRITE[write.state])
 
     def _kill(self) -> None:
+        if self._held is not None:
+            self._held.abandon()  # the connection to what is half built, too
+            self._held = None
         if self.copy is not None:
             self.host.engine.kill(self.copy.process)
         self._drop_staging()

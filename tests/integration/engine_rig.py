@@ -88,7 +88,7 @@ class Job:
         command = [sys.executable, "-m", "scenarios.workloads.train"]
         self._end = folder / f"{name}.end"
         command += ["--log", str(self.log), "--result", str(self.result)]
-        command += [*(options or ("--until", str(self._end))), *SIZE]
+        command += [*SIZE, *(options or ("--until", str(self._end)))]  # the last one counts
         environment = os.environ | {
             "MIGRATE_HOST_ROOT": str(Path(host.paths.kfd).parent),
             "MIGRATE_PTRACER": str(os.getpid()),

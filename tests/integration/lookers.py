@@ -7,39 +7,63 @@ import os
 import signal
 import sqlite3
 import threading
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import msgspec
 
 from migrate.engine import procfs
+from migrate.model import HostPaths
 from scenarios.cluster import Cluster, SimulatedHost, wait_until
+from tests.integration.jobs import migrate
 
 PATIENCE = 60.0  # seconds for something to come about; nothing is measured by it
 
 
-def records(host: SimulatedHost, migration: str, kind: str) -> list[dict[str, Any]]:
+class HasPaths(Protocol):
+    """A host of any of the test rigs."""
+
+    @property
+    def paths(self) -> HostPaths: ...
+
+
+def records(host: HasPaths, migration: str, kind: str) -> list[dict[str, Any]]:
     """The journal's records of a kind, oldest first, read beside the agent."""
-    path = Path(host.paths.run) / "journal.db"
-    database = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)
-    try:
-        rows = database.execute(
-            "SELECT data FROM records WHERE migration = ? AND kind = ? ORDER BY seq",
-            (migration, kind),
-        ).fetchall()
-    finally:
-        database.close()
+    rows = _select(
+        host, "SELECT data FROM records WHERE migration = ? AND kind = ?", migration, kind
+    )
     return [msgspec.json.decode(row[0]) for row in rows]
 
 
-def states(host: SimulatedHost, migration: str, side: str) -> list[str]:
+def _select(host: HasPaths, query: str, *values: object) -> list[Any]:
+    path = Path(host.paths.run) / "journal.db"
+    database = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)
+    try:
+        return database.execute(f"{query} ORDER BY seq", values).fetchall()
+    finally:
+        database.close()
+
+
+def keyed(host: HasPaths, key: str) -> str:
+    """The migration that was started with an idempotency key, once it was."""
+    found: list[str] = []
+
+    def look() -> list[str]:
+        query = "SELECT migration FROM records WHERE kind = 'key' AND data = ?"
+        found.extend(row[0] for row in _select(host, query, msgspec.json.encode(key)))
+        return found
+
+    wait_until(look, PATIENCE, f"a migration of key {key}")
+    return found[0]
+
+
+def states(host: HasPaths, migration: str, side: str) -> list[str]:
     """The states of one side, oldest first."""
     return [record["state"] for record in records(host, migration, side)]
 
 
-def wait_state(host: SimulatedHost, migration: str, side: str, *wanted: str) -> None:
+def wait_state(host: HasPaths, migration: str, side: str, *wanted: str) -> None:
     """Wait until a state was journaled."""
     wait_until(
         lambda: set(wanted) & set(states(host, migration, side)),
@@ -48,7 +72,7 @@ def wait_state(host: SimulatedHost, migration: str, side: str, *wanted: str) -> 
     )
 
 
-def copy_pid(host: SimulatedHost, migration: str) -> int | None:
+def copy_pid(host: HasPaths, migration: str) -> int | None:
     """The pid of the copy at the destination, once it was built."""
     found = records(host, migration, "copy")
     return int(found[-1]["process"]["pid"]) if found else None
@@ -73,7 +97,14 @@ def is_runnable(pid: int | None) -> bool:
         for thread in Path(f"/proc/{pid}/task").iterdir():
             with contextlib.suppress(OSError):
                 states.append((thread / "stat").read_text().rpartition(")")[2].split()[0])
-        return any(state not in "TZX" for state in states)
+        return any(state not in "TtZX" for state in states)
+    return False
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether it is stopped as by SIGSTOP."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     return False
 
 
@@ -92,21 +123,34 @@ def cpu_time(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
+def shared_memory(pid: int) -> bytes:
+    """All that a process maps shared and writable: its buffers, which its GPUs write."""
+    found = bytearray()
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            span, rights = line.split()[:2]
+            if rights == "rw-s":
+                first, end = (int(word, 16) for word in span.split("-"))
+                memory.seek(first)
+                found += memory.read(end - first)
+    assert found
+    return bytes(found)
+
+
 @dataclass
 class Watcher:
     """Looks at both copies all the time: never two that run, never none that is left.
 
-    Source and copy are looked at in the order in which the handover could make both run,
-    so one of them stopped in between is no false alarm: an alarm needs both to be seen
-    runnable, and the first to be so still.
+    A process that is being killed is woken to die, so an alarm needs two looks in a row.
     """
 
     source: int
-    destination: SimulatedHost
+    destination: HasPaths
     migration: str
     both: list[str] = field(default_factory=list)
     neither: list[str] = field(default_factory=list)
     looks: int = 0
+    _ran: bool = False
 
     def __enter__(self) -> Self:
         self._stop = threading.Event()
@@ -130,10 +174,13 @@ class Watcher:
             copy = copy_pid(self.destination, self.migration)
         if not is_there(self.source) and not is_there(copy):
             self.neither.append("neither copy exists")
-        held = [s for s in self._destination_states() if s == "PREPARED"]
         # Before PREPARED the copy's own interpreter runs, and nothing of the program.
-        if held and is_runnable(self.source) and is_runnable(copy) and is_runnable(self.source):
+        if "PREPARED" not in self._destination_states():
+            return
+        runs = is_runnable(self.source) and is_runnable(copy)
+        if runs and self._ran:
             self.both.append("both copies run")
+        self._ran = runs
 
     def _destination_states(self) -> list[str]:
         with contextlib.suppress(sqlite3.Error):
@@ -164,21 +211,13 @@ def suspended(host: SimulatedHost) -> contextlib.AbstractContextManager[None]:
 
 def started(cluster: Cluster, *arguments: str) -> str:
     """The id of a migration that was started and is not waited for."""
-    from tests.integration.jobs import migrate  # noqa: PLC0415
-
     outcome = migrate(cluster, "run", *arguments, "--no-wait")
     assert outcome.code == 0, outcome.document
     found: str = outcome.document["id"]
     return found
 
 
-def ended(cluster: Cluster, host: str, migration: str) -> dict[str, Any]:
-    """The report, once the migration has ended."""
-    from tests.integration.jobs import migrate  # noqa: PLC0415
-
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        document = migrate(cluster, "show", host, migration).document
-        if document.get("status") in ("completed", "failed", "cancelled"):
-            return document
-        assert time.monotonic() < deadline, document
+def ended(source: SimulatedHost, migration: str) -> dict[str, Any]:
+    """The report, once it was journaled."""
+    wait_until(lambda: records(source, migration, "report"), PATIENCE, f"the end of {migration}")
+    return records(source, migration, "report")[-1]

@@ -16,6 +16,7 @@ whoever drives the drill knows that the moment has come, and when.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -138,7 +139,8 @@ def point(name: str) -> None:
 
 def _do(fault: Fault) -> None:
     line = f"{ANNOUNCEMENT} {fault.point}: {fault.action} at {time.monotonic():.6f}\n"
-    os.write(sys.stderr.fileno(), line.encode())
+    with contextlib.suppress(OSError):  # the disk may be full, by another drill
+        os.write(sys.stderr.fileno(), line.encode())
     match fault.action:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from scenarios.cluster import Cluster
-from tests.integration.jobs import END, migrate, start_job, wait_until
+from scenarios.cluster import Cluster, wait_until
+from tests.integration.jobs import END, migrate, start_job
 
 STEPS = 600
 

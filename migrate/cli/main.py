@@ -40,6 +40,7 @@ COMMANDS: dict[str, Entry] = {
     "abort": Entry("migrate.cli.abort:abort_command", "Cancel a migration."),
     "map": Entry("migrate.cli.map:map_command", "Show which GPU would go where, and why."),
     "demo": Entry("migrate.cli.demo:demo_command", "Move a process between two simulated hosts."),
+    "drill": Entry("migrate.cli.drill:drill_command", "Hurt agents and see who owns the process."),
     "ca": Entry("migrate.cli.ca:ca_command", "Make certificates for agents and people."),
     "agent": Entry("migrate.cli.agent:agent_command", "The daemon of a host."),
 }

@@ -41,7 +41,8 @@ KINDS: dict[str, int] = {  # weights
     "partition": 4,
     "partition one way": 4,
     "clock jump": 1,
-    "engine fails": 6,
+    "engine fails": 10,
+    "agent killed, its engine fails": 5,
     "step fails": 3,
     "queues never start": 1,
     "copy dies": 2,
@@ -62,7 +63,8 @@ class Faults:
         self._at_name: dict[tuple[str, int], list[Callable[[], None]]] = {}
         self._writes: dict[tuple[str, int], str] = {}
         self._written: Counter[str] = Counter()
-        self._engine: dict[tuple[str, str], int] = {}
+        self._engine: dict[str, tuple[int, int]] = {}  # from which to which time it fails
+        self._tried: Counter[str] = Counter()
         self._full: dict[str, float] = {}
         self._rates: dict[str, float] = {}
         self._seen: Counter[str] = Counter()
@@ -83,9 +85,10 @@ class Faults:
                 how = rng.choice(("before", "after", "torn"))
                 self._writes[(node, rng.randint(1, 20 if node == "a" else 8))] = how
             case "engine fails":
-                self._engine[(rng.choice(ENGINE), "")] = rng.choice((1, 1, 2, 3, 1000))
+                first = rng.choice((0, 0, 0, 1, 2))
+                self._engine[rng.choice(ENGINE)] = (first, first + rng.choice((1, 1, 2, 3, 1000)))
             case "queues never start":
-                self._engine[(kind, "")] = 1
+                self._engine[kind] = (0, 1)
             case "messages lost" | "messages doubled" | "messages late":
                 self._rates[kind.split()[1]] = rng.choice((0.05, 0.2, 0.5))
             case _:
@@ -136,12 +139,18 @@ class Faults:
             node().kill_agent("and stays down for a while")
             world.scheduler.later(rng.uniform(4.0, 12.0), die)
 
+        def limp() -> None:
+            node().kill_agent("and its engine fails")
+            broken = rng.choice(ENGINE)
+            self._engine[broken] = (self._tried[broken], self._tried[broken] + rng.randint(1, 3))
+
         def fail() -> None:
             raise points.InjectedFault("a step fails")
 
         other = "b" if name == "a" else "a"
         actions: dict[str, Callable[[], None]] = {
             "agent killed": lambda: node().kill_agent("out of the blue"),
+            "agent killed, its engine fails": limp,
             "restart storm": storm,
             "host crashed": lambda: node().crash_host(),
             "host paused": lambda: world.pause(node(), seconds),
@@ -201,9 +210,10 @@ class Faults:
 
     def fails(self, _node: Node, kind: str) -> bool:
         """Whether an operation of the engine fails now."""
-        left = self._engine.get((kind, ""), 0)
-        if not left or self.healed:
+        number = self._tried[kind]
+        self._tried[kind] += 1
+        first, end = self._engine.get(kind, (0, 0))
+        if not first <= number < end or self.healed:
             return False
-        self._engine[(kind, "")] = left - 1
         self.happened[f"engine: {kind}"] += 1
         return True

@@ -50,6 +50,8 @@ class Kind(IntEnum):
     ATTACH = 6  # tracer: stop the process -> 'file' is the number of its /dev/kfd
     RANGES = 7  # trampoline: u64 address, u64 length, ... are mapped, empty
     FINISH = 8  # trampoline: build the process from what is moved, then stop yourself
+    HOOK = 9  # hook of CRIU to agent: a hook was called, see engine/hook.py; no reply
+    RETURN = 10  # hook of CRIU: return from it, see engine/hook.py
 
 
 class Message(NamedTuple):

@@ -14,6 +14,7 @@ SUITE = "trixie"
 PACKAGES = (
     *("python3", "criu", "openssh-server", "openssh-client", "kmod", "iproute2", "procps"),
     *("iptables", "nftables", "strace", "psmisc", "ca-certificates"),
+    *("gcc", "libc6-dev", "libcriu-dev"),  # for the hook
 )
 PYTHON_VERSION = "3.13"  # trixie's
 PLATFORMS = ("manylinux_2_34_x86_64", "manylinux_2_28_x86_64", "manylinux2014_x86_64")

@@ -114,7 +114,11 @@ def output(command: Sequence[str | Path]) -> str:
 
 
 def replace_tree(path: Path) -> None:
-    """Remove *path* if it is there."""
+    """Remove *path* if it is there, never what an interrupted step left mounted in it."""
+    for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
+        mounted = Path(line.split()[1])
+        if path in mounted.parents:
+            output(["umount", mounted])
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():

@@ -15,7 +15,8 @@ def test_a_hung_scheduler_is_etime_and_the_gpu_lost(start_host: StartHost) -> No
     host = start_host(HostSpec(name="a"))
     conformance.install_project(host)
     said = host.ssh(
-        "cd /opt/project && MIGRATE_CONFORMANCE=kernel timeout 200 python3 -m tests.lab.hung_scheduler"
+        "cd /opt/project && MIGRATE_CONFORMANCE=kernel"
+        " timeout 200 python3 -m tests.lab.hung_scheduler"
     )
     assert said.splitlines() == ["PROCESS_INFO ETIME", "UNPAUSE EINVAL", "CREATE_QUEUE EIO"]
     assert host.running is not None

@@ -14,9 +14,12 @@ from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import MmapAccess
 from migrate.dataplane.messages import ObjectInfo, ObjectKind
 from migrate.engine.seam import CpuRange
+from migrate.errors import SvmUnsupported
 from migrate.kfd.privdata import PrivateData, decode
 from migrate.kfd.process import Checkpointed, KfdCheckpoint
 from migrate.orchestrator.plan import BoKey, ObjectOrder
+
+PAGE = 4096  # bytes, in which the driver counts SVM ranges
 
 _Key = tuple[object, ...]
 
@@ -31,6 +34,16 @@ def private_data(checkpoint: KfdCheckpoint) -> PrivateData:
     )
 
 
+def refuse_svm(private: PrivateData) -> None:
+    """Raises SvmUnsupported: SVM pages may be in VRAM, and no dmabuf shows them."""
+    if private.svm_ranges:
+        first = private.svm_ranges[0]
+        raise SvmUnsupported(
+            f"the process has {len(private.svm_ranges)} SVM ranges,"
+            f" the first at {first.start_addr * PAGE:#x}"
+        )
+
+
 class ObjectTable:
     """The ids of one migration, at the source."""
 
@@ -38,11 +51,14 @@ class ObjectTable:
         self._ids: dict[_Key, int] = {}
 
     def bos(self, process: int, checkpoint: KfdCheckpoint) -> list[ObjectOrder]:
-        """One order for every BO whose contents must be moved, in bucket order."""
+        """One order for every BO whose contents must be moved, in bucket order.
+
+        Raises SvmUnsupported: ranges may be made at any time, so each round looks.
+        """
         orders = []
-        for index, (bucket, record) in enumerate(
-            zip(checkpoint.bos, private_data(checkpoint).bos, strict=True)
-        ):
+        private = private_data(checkpoint)
+        refuse_svm(private)
+        for index, (bucket, record) in enumerate(zip(checkpoint.bos, private.bos, strict=True)):
             if not bucket.has_contents:
                 continue
             key = ("bo", process, record.idr_handle, bucket.addr, bucket.size, bucket.alloc_flags)

@@ -15,7 +15,7 @@ from migrate.kfd.process import KfdCheckpoint
 from migrate.kfd.sysfs import busy_gpus, read_processes
 from migrate.model import GpuMap
 from migrate.orchestrator.host import Host, available_memory
-from migrate.orchestrator.objects import private_data
+from migrate.orchestrator.objects import private_data, refuse_svm
 from migrate.orchestrator.plan import KfdNeeds, Needs, Options
 from migrate.topology.gpumap import parse_gpu_map
 from migrate.topology.match import PREFERENCES, error_of, match
@@ -26,7 +26,10 @@ QUOTA_SLACK = 256 * 1024 * 1024
 
 
 def needs(survey: Survey, checkpoints: Sequence[KfdCheckpoint], options: Options) -> Needs:
-    """What the process needs over there, from a snapshot of its KFD state."""
+    """What the process needs over there, from a snapshot of its KFD state.
+
+    Raises SvmUnsupported.
+    """
     contents = sum(b.size for c in checkpoints for b in c.bos if b.has_contents)
     staging = contents + survey.cpu_bytes
     del options  # without pre-copy the last round still waits in staging
@@ -38,6 +41,8 @@ def needs(survey: Survey, checkpoints: Sequence[KfdCheckpoint], options: Options
 
 
 def _kfd_needs(checkpoint: KfdCheckpoint) -> KfdNeeds:
+    private = private_data(checkpoint)
+    refuse_svm(private)
     actual = {d.user_gpu_id: d.actual_gpu_id for d in checkpoint.devices}
     vram = dict.fromkeys(actual.values(), 0)
     for bo in checkpoint.bos:
@@ -47,7 +52,7 @@ def _kfd_needs(checkpoint: KfdCheckpoint) -> KfdNeeds:
         identities=tuple(actual.items()),
         gpus=tuple(actual.values()),
         vram=vram,
-        priv_bo_size=private_data(checkpoint).bo_record_size,
+        priv_bo_size=private.bo_record_size,
     )
 
 

@@ -15,6 +15,8 @@ It keeps no state on disk; what is in DIR is there to be looked at or to command
 * ``run/devices/PID``: render minors that PID and its descendants may see, read when they
   open the device: what a device cgroup is to the real one. Without it they see all.
 
-What it does not have: SVM (EPERM, as a kernel built without it), PM4 and SDMA packets
+SVM is EPERM, as a kernel built without it, unless the node is started with --svm; then
+ranges are registered, told by CHECKPOINT and made anew by RESUME. What it does not have:
+GPU access to SVM ranges, PM4 and SDMA packets
 (such queues can be made and moved, and never run), page migration.
 """

@@ -33,6 +33,7 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--kfd-minor", type=int, choices=(11, 12), default=11)
     parser.add_argument("--bo-record", type=int, choices=(80, 272), default=80)
+    parser.add_argument("--svm", action="store_true", help="processes may have SVM ranges")
     parser.add_argument("--ready-fd", type=int, help="a byte is written there when usable")
     parser.add_argument("--parent-fd", type=int, help="end when this pipe's other end is closed")
     return parser.parse_args(arguments)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from migrate.kfd import uapi
-from migrate.kfd.sim import callers, scheduler
+from migrate.kfd.sim import callers, scheduler, svm
 from migrate.kfd.sim.criu_dump import checkpoint, process_info, unpause
 from migrate.kfd.sim.criu_restore import restore
 from migrate.kfd.sim.faults import Fault
@@ -40,6 +40,7 @@ def resume(host: Host, process: SimProcess, caller: callers.Caller, args: Any) -
     target = _find(host, caller, args.pid)
     if target is None:
         raise error(errno.ESRCH)
+    svm.resume(target)
     if not target.has_vm:
         raise host.oops(f"amdgpu_amdkfd_criu_resume: process {target.pid} has no VM")
     if not target.block_mmu_notifications:

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from migrate.kfd import privdata, uapi
-from migrate.kfd.sim import callers, scheduler
+from migrate.kfd.sim import callers, scheduler, svm
 from migrate.kfd.sim.faults import Fault
 from migrate.kfd.sim.memory import Bo
 from migrate.kfd.sim.process import SVM_USER_BASE, DeviceData, SimProcess, error
@@ -22,6 +22,8 @@ WITH_DMABUF = uapi.KFD_IOC_ALLOC_MEM_FLAGS_VRAM | uapi.KFD_IOC_ALLOC_MEM_FLAGS_G
 _PROCESS = ctypes.sizeof(privdata.kfd_criu_process_priv_data)
 _DEVICE = ctypes.sizeof(privdata.kfd_criu_device_priv_data)
 _QUEUE = ctypes.sizeof(privdata.kfd_criu_queue_priv_data)
+_SVM_RANGE = ctypes.sizeof(privdata.kfd_criu_svm_range_priv_data)
+_SVM_ATTRIBUTE = ctypes.sizeof(uapi.kfd_ioctl_svm_attribute)
 _EVENT = ctypes.sizeof(privdata.kfd_criu_event_priv_data)
 
 
@@ -64,14 +66,17 @@ def _counts(host: Host, process: SimProcess) -> tuple[int, int, int, int]:
         _QUEUE + mqd_size(queue.kind) + len(queue.control_stack())
         for queue in process.queues.values()
     )
+    ranges = len(svm.ranges(process))
+    attributes = privdata.SVM_COMMON_ATTRIBUTES + len(process.devices)
     size = (
         _PROCESS
         + len(process.devices) * _DEVICE
         + bos * host.bo_record_size
         + queues
         + len(process.events) * _EVENT
+        + ranges * (_SVM_RANGE + attributes * _SVM_ATTRIBUTE)
     )
-    return len(process.devices), bos, len(process.queues) + len(process.events), size
+    return len(process.devices), bos, len(process.queues) + len(process.events) + ranges, size
 
 
 def checkpoint(host: Host, process: SimProcess, caller: callers.Caller, args: Any) -> None:
@@ -95,7 +100,11 @@ def checkpoint(host: Host, process: SimProcess, caller: callers.Caller, args: An
         xnack_mode=int(process.xnack),
         devices=(0,) * len(process.devices),
         bos=tuple(records),
-        objects=(*_queue_records(process), *_event_records(process)),
+        objects=(
+            *_queue_records(process),
+            *_event_records(process),
+            *(r.record([d.user_gpu_id for d in process.devices]) for r in process.svm_ranges),
+        ),
         bo_record_size=host.bo_record_size,
     )
     data = privdata.encode(private)

@@ -25,6 +25,7 @@ INT_MAX = 0x7FFFFFFF
 _PROCESS = ctypes.sizeof(privdata.kfd_criu_process_priv_data)
 _DEVICE = ctypes.sizeof(privdata.kfd_criu_device_priv_data)
 _QUEUE = ctypes.sizeof(privdata.kfd_criu_queue_priv_data)
+_SVM_RANGE = ctypes.sizeof(privdata.kfd_criu_svm_range_priv_data)
 _EVENT = ctypes.sizeof(privdata.kfd_criu_event_priv_data)
 
 
@@ -159,7 +160,9 @@ def _restore_objects(host: Host, process: SimProcess, count: int, private: _Priv
             _restore_queue(host, process, private)
         elif kind == privdata.KFD_CRIU_OBJECT_TYPE_EVENT:
             _restore_event(process, private)
-        else:  # SVM is not built in
+        elif kind == privdata.KFD_CRIU_OBJECT_TYPE_SVM_RANGE and host.svm:
+            _restore_svm_range(process, private)
+        else:
             raise error(errno.EINVAL)
 
 
@@ -196,6 +199,21 @@ def _restore_queue(host: Host, process: SimProcess, private: _Private) -> None:
         raise error(errno.EINVAL)
     queue.restore(mqd, stack)
     add_queue(host, queue, record.q_id, record.doorbell_id)
+
+
+def _restore_svm_range(process: SimProcess, private: _Private) -> None:
+    record = privdata.kfd_criu_svm_range_priv_data.from_buffer_copy(private.take(_SVM_RANGE))
+    count = privdata.SVM_COMMON_ATTRIBUTES + len(process.devices)
+    attributes = (uapi.kfd_ioctl_svm_attribute * count).from_buffer_copy(
+        private.take(count * ctypes.sizeof(uapi.kfd_ioctl_svm_attribute))
+    )
+    process.svm_restored.append(
+        privdata.SvmRangeRecord(
+            start_addr=record.start_addr,
+            size=record.size,
+            attributes=tuple((entry.type, entry.value) for entry in attributes),
+        )
+    )
 
 
 def _restore_event(process: SimProcess, private: _Private) -> None:

@@ -68,7 +68,7 @@ class Host:
     """State of the node. Everything in it is touched under ``lock`` only."""
 
     def __init__(self, root: Path, gpus: tuple[TreeGpu, ...], *, allow_unprivileged: bool,
-                 interface_minor: int, bo_record_size: int) -> None:  # fmt: skip
+                 interface_minor: int, bo_record_size: int, svm: bool) -> None:  # fmt: skip
         self.root = root
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)  # events, ends of processes
@@ -77,6 +77,7 @@ class Host:
         self.allow_unprivileged = allow_unprivileged
         self.interface_minor = interface_minor
         self.bo_record_size = bo_record_size
+        self.svm = svm
         self.files: dict[int, OpenFile] = {}  # by inode of the process's end
         self.processes: dict[int, SimProcess] = {}  # alive, by pid
         self.pinned: set[SimProcess] = set()  # dead, but a file is still open

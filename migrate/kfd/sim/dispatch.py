@@ -13,7 +13,7 @@ from typing import Any
 
 from migrate.errors import FrameRejected
 from migrate.kfd import marshal, uapi
-from migrate.kfd.sim import callers, criu, transport
+from migrate.kfd.sim import callers, criu, svm, transport
 from migrate.kfd.sim.callers import Caller
 from migrate.kfd.sim.device import Host, OpenFile
 from migrate.kfd.sim.events import Waiter
@@ -23,6 +23,7 @@ from migrate.kfd.sim.process import SimProcess, error
 COMMAND_END = {11: 0x24, 12: 0x25}  # by interface minor: EXPORT_DMABUF came with 12
 _CRIU = uapi._IOC_NR(uapi.AMDKFD_IOC_CRIU_OP)
 _WAIT = uapi._IOC_NR(uapi.AMDKFD_IOC_WAIT_EVENTS)
+_SVM = uapi._IOC_NR(uapi.AMDKFD_IOC_SVM)
 MAY_BLOCK = {_CRIU, _WAIT}
 _INFINITE = 0xFFFFFFFF
 _HANGUP_CHECK = 0.5  # seconds between looks whether a waiting caller is still there
@@ -73,14 +74,17 @@ class Runner:
                 kind: type[ctypes.Structure] = uapi.kfd_ioctl_criu_args
             elif number == _WAIT:
                 kind = uapi.kfd_ioctl_wait_events_args
+            elif number == _SVM:
+                kind = uapi.kfd_ioctl_svm_args
             else:
                 kind = HANDLERS[number][0]
             # The kernel takes any size: a short argument is filled up with zeros.
-            size = min(ctypes.sizeof(kind), ctypes.sizeof(arg))
-            args: Any = kind()
+            # What is longer than the struct are the attributes of SVM.
+            size = ctypes.sizeof(arg)
+            args: Any = kind.from_buffer(bytearray(max(ctypes.sizeof(kind), size)))
             ctypes.memmove(ctypes.addressof(args), ctypes.addressof(arg), size)
             try:
-                self._call(number, process, args)
+                self._call(number, process, args, size)
             except OSError:
                 raise
             except Exception:  # the node must not end by what one caller sent
@@ -89,11 +93,13 @@ class Runner:
             finally:
                 ctypes.memmove(ctypes.addressof(arg), ctypes.addressof(args), size)
 
-    def _call(self, number: int, process: SimProcess, args: Any) -> None:
+    def _call(self, number: int, process: SimProcess, args: Any, size: int) -> None:
         if number == _CRIU:
             criu.criu_op(self._host, process, self._caller, args)
         elif number == _WAIT:
             self._wait_events(process, args)
+        elif number == _SVM:
+            svm.svm_ioctl(self._host, process, args, size)
         else:
             HANDLERS[number][1](self._host, process, args)
 
@@ -108,7 +114,7 @@ class Runner:
             raise error(errno.EBADF)
         if process.pid != self._caller.pid and not (number == _CRIU and self._traces(process.pid)):
             raise error(errno.EBADF)
-        if number not in HANDLERS and number not in {_CRIU, _WAIT}:
+        if number not in HANDLERS and number not in {_CRIU, _WAIT, _SVM}:
             raise error(errno.EINVAL)
         return process
 

@@ -165,8 +165,6 @@ HANDLERS: dict[int, tuple[type[ctypes.Structure], Handler]] = dict(
             uapi.kfd_ioctl_alloc_queue_gws_args,
             _refused(errno.ENODEV),
         ),
-        # built without CONFIG_HSA_AMD_SVM
-        _entry(uapi.AMDKFD_IOC_SVM, uapi.kfd_ioctl_svm_args, _refused(errno.EPERM)),
         _entry(
             uapi.AMDKFD_IOC_SET_XNACK_MODE,
             uapi.kfd_ioctl_set_xnack_mode_args,

@@ -38,6 +38,7 @@ def build_host(root: Path, options: argparse.Namespace) -> Host:
         allow_unprivileged=options.allow_unprivileged,
         interface_minor=options.kfd_minor,
         bo_record_size=options.bo_record,
+        svm=options.svm,
     )
     (root / "sys" / "proc").mkdir(parents=True, exist_ok=True)
     for gpu in host.gpus:

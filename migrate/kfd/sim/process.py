@@ -15,7 +15,9 @@ from migrate.kfd.sim.memory import AddressSpace, Backing, Bo
 from migrate.kfd.sim.queues import DOORBELL_SIZE, Queue
 
 if TYPE_CHECKING:
+    from migrate.kfd import privdata
     from migrate.kfd.sim.device import Gpu, OpenFile
+    from migrate.kfd.sim.svm import SvmRange
 
 DOORBELL_SLICE = 8192  # bytes: kfd_doorbell_process_slice() with 8-byte doorbells
 MAX_QUEUES = 1024
@@ -108,6 +110,8 @@ class SimProcess:
         self.dead = False
         self.queues_paused = False
         self.xnack = False
+        self.svm_ranges: list[SvmRange] = []
+        self.svm_restored: list[privdata.SvmRangeRecord] = []  # by RESTORE, for RESUME
         self.block_mmu_notifications = False  # set by RESTORE, cleared by RESUME
         self.vm_maker: tuple[int, int] | None = None  # pid, start time: this one, or a tracer
 

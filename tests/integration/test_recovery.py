@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import pytest
 import xxhash
@@ -31,7 +32,7 @@ from tests.integration.lookers import (
     wait_state,
 )
 
-STEPS = 700
+PACE = 0.05  # seconds between steps: the twin has to make as many
 
 
 @dataclass
@@ -39,7 +40,11 @@ class Drill:
     """Two hosts, and a job that every drill leaves running at the first."""
 
     cluster: Cluster
-    job: Job
+
+    @cached_property
+    def job(self) -> Job:
+        """The one that stays."""
+        return self.start("job")
 
     @property
     def a(self) -> SimulatedHost:
@@ -67,8 +72,20 @@ class Drill:
         kill_agent(self.cluster.hosts[name])
         self.cluster.start_agent(name, AgentSetup())
 
-    def twin(self, steps: int) -> str:
-        return twin_digest(self.cluster.folder, steps, self.a.root)
+    def start(self, name: str) -> Job:
+        """A job at a that goes on until ``finish``: one that ends is not one that is lost."""
+        options = ("--until", str(self.cluster.folder / f"{name}.end"), "--delay-us", "500")
+        return start_job(self.cluster, "a", name, pace=PACE, options=options)
+
+    def finish(self, job: Job) -> list[int]:
+        """Its digest is that of a twin; the pids that it had."""
+        job.runs_on()
+        job.log.with_suffix(".end").touch()
+        result = job.result()
+        twin = twin_digest(self.cluster.folder, result["steps"], self.a.root)
+        assert result["digest"] == twin
+        pids: list[int] = result["pids"]
+        return pids
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +93,9 @@ def whole() -> Iterator[Drill]:
     with Cluster.temporary() as cluster:
         for name in ("a", "b"):
             cluster.add_host(name)
-        end = cluster.folder / "job.end"
-        options = ("--until", str(end), "--delay-us", "500")
-        job = start_job(cluster, "a", "job", pace=0.05, options=options)
-        drill = Drill(cluster, job)
+        drill = Drill(cluster)
         yield drill
-        end.touch()
-        result = drill.job.result()
-        assert result["pids"] == [drill.job.pid]
-        assert result["digest"] == drill.twin(result["steps"])
+        assert drill.finish(drill.job) == [drill.job.pid]
 
 
 @pytest.fixture
@@ -150,7 +161,7 @@ def test_destination_agent_killed_in_pre_copy(drill: Drill) -> None:
 
 def test_source_agent_killed_after_the_grant(drill: Drill) -> None:
     """The source stays as it is, CPUs and GPUs, until its agent is back; then it completes."""
-    job = start_job(drill.cluster, "a", "granted", steps=STEPS, options=("--delay-us", "500"))
+    job = drill.start("granted")
     drill.arm("a", "source.granted.after-write")
     migration = started(drill.cluster, "a", "b", str(job.pid), "--max-rounds", "1")
     drill.stopped("a")
@@ -168,7 +179,7 @@ def test_source_agent_killed_after_the_grant(drill: Drill) -> None:
         assert ended(drill.a, migration)["status"] == "completed"
         assert not is_there(job.pid)
     watcher.check()
-    assert job.result()["digest"] == drill.twin(STEPS)
+    assert len(drill.finish(job)) == 2
 
 
 def test_destination_agent_killed_with_the_grant_in_its_hand(drill: Drill) -> None:
@@ -194,8 +205,7 @@ def test_destination_agent_killed_with_the_grant_in_its_hand(drill: Drill) -> No
 )
 def test_agent_killed_once_the_destination_owns_it(drill: Drill, host: str, moment: str) -> None:
     """It completes, whoever of the two was away."""
-    name = f"owned-{moment}"
-    job = start_job(drill.cluster, "a", name, steps=STEPS)
+    job = drill.start(f"owned-{moment.replace('.', '-')}")
     drill.arm(host, moment)
     migration = started(drill.cluster, "a", "b", str(job.pid), "--max-rounds", "1")
     drill.stopped(host)
@@ -204,4 +214,4 @@ def test_agent_killed_once_the_destination_owns_it(drill: Drill, host: str, mome
         report = ended(drill.a, migration)
         assert (report["status"], report["owner"]) == ("completed", "destination")
     watcher.check()
-    assert job.result()["digest"] == drill.twin(STEPS)
+    assert len(drill.finish(job)) == 2

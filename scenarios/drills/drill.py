@@ -37,6 +37,7 @@ ACTORS = {
     "source-gpu": {"scheduler_hang", "process_info_stall"},
     "destination-gpu": {"restore_enomem"},
 }  # fmt: skip
+HELD_OPEN = "sleep:3"
 OWNERS = ("source", "destination", "unknown")
 PLACES = ("source", "destination", "nowhere", "frozen")
 
@@ -96,6 +97,8 @@ class Drill(Value):
     @property
     def action(self) -> str:
         """What the fault point itself does: strike, or hold the moment open for us."""
+        if self.actor == "operator":
+            return HELD_OPEN  # the agent must answer meanwhile
         own = self.point.partition(".")[0] + "-agent"
         return self.fault if self.actor == own and self.fault in {"kill", "exit"} else "stop"
 

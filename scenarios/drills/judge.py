@@ -85,6 +85,7 @@ def _nothing_left(play: Play) -> None:
             f"{name}: KFD process {usage.pid}"
             for name, side in stage.sides.items()
             for usage in read_processes(side.host.paths)
+            if usage.pid != side.agent.pid  # who opens /dev/kfd for RESUME is a KFD process
         ]
 
     def left() -> list[str]:

@@ -128,4 +128,3 @@ def _bar(x: float, width: float, top: int, text: str) -> str:
         f'<rect x="{x:.1f}" y="{top}" width="{width:.1f}" height="{BAR}" fill="{colour}">'
         f"<title>{escape(text)}</title></rect>{label}"
     )
-    )

@@ -22,14 +22,12 @@ class Decision(StrEnum):
 
 
 class Costs(Value):
-    """Rates behind a prediction, in bytes a second, and fixed seconds.
+    """What a prediction takes as known beside the rounds.
 
-    ``link``: changed bytes sent. ``scan``: all bytes read and hashed. ``placement``: all
-    bytes written into buffers and read back. ``fixed``: stop, checkpoint, engine, handover.
+    ``placement``: bytes a second at which buffers are written and read back. ``fixed``:
+    seconds of the checkpoint, the new process and the handover.
     """
 
-    link: float
-    scan: float
     placement: float
     fixed: float
 
@@ -45,9 +43,15 @@ class Verdict(Value):
 NO_PROGRESS = 0.9  # a round that sends more than this share of the one before is no progress
 
 
-def predict(changed: int, total: int, costs: Costs) -> float:
-    """Seconds of downtime if *changed* of *total* bytes differ when the process stops."""
-    return costs.fixed + changed / costs.link + total / costs.scan + total / costs.placement
+def predict(rounds: Sequence[Round], costs: Costs) -> float:
+    """Seconds of downtime if the process were stopped now. *rounds* holds at least one.
+
+    The final round looks at as much as the last one did and sends about as much, so it
+    takes about as long; the first round sent everything, which no later one does.
+    """
+    last = rounds[-1]
+    final_round = last.seconds if len(rounds) > 1 else last.seconds / 2
+    return costs.fixed + final_round + last.scanned / costs.placement
 
 
 def decide(
@@ -55,12 +59,10 @@ def decide(
 ) -> Verdict:
     """Whether another round pays. *rounds* holds at least one.
 
-    The first round sends everything, so only from the second on is there a dirty rate;
-    before it the prediction assumes that a tenth changed.
+    The first round sends everything, so only from the second on is there a dirty rate.
     """
     last = rounds[-1]
-    changed = last.changed if len(rounds) > 1 else last.scanned // 10
-    predicted = predict(changed, last.scanned, costs)
+    predicted = predict(rounds, costs)
 
     def verdict(decision: Decision, why: str) -> Verdict:
         return Verdict(decision=decision, why=why, predicted_downtime=predicted)

@@ -132,18 +132,9 @@ class SourceFigures:
         self._parts = self.downtime.parts(self._destination, at - figures.after_release)
         self._destination = figures
 
-    def costs(self, bandwidth: int | None) -> Costs:
-        """Rates for the prediction, from the rounds so far."""
-        wire = sum(s.wire for s in self.stats)
-        seconds = sum(s.seconds for s in self.stats)
-        scanned = sum(s.scanned for s in self.stats)
-        link = max(wire / max(seconds, 1e-6), 1e6)
-        return Costs(
-            link=min(link, bandwidth) if bandwidth else link,
-            scan=max(scanned / max(seconds, 1e-6), 1e6),
-            placement=PLACEMENT_GUESS,
-            fixed=FIXED_GUESS + self.snapshot,
-        )
+    def costs(self) -> Costs:
+        """What the prediction takes as known."""
+        return Costs(placement=PLACEMENT_GUESS, fixed=FIXED_GUESS + self.snapshot)
 
     def report(
         self,

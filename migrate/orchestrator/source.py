@@ -27,11 +27,12 @@ from migrate.errors import (
 from migrate.kfd.process import Checkpointed, KfdCheckpoint, KfdProcess
 from migrate.model import GpuMap
 from migrate.orchestrator import convergence, preflight
-from migrate.orchestrator.convergence import Costs, Decision
+from migrate.orchestrator.convergence import Decision
 from migrate.orchestrator.figures import SourceFigures
 from migrate.orchestrator.handover import (
     Answer,
     Prepared,
+    Resolved,
     Restarted,
     SourceHandover,
 )
@@ -129,6 +130,10 @@ class SourceMigration:
     def abort(self) -> bool:
         """An operator's wish to end it. False: too late, the grant is given."""
         return self.side.abort()
+
+    def resolve(self, resolution: Resolved) -> None:
+        """An operator decides, who fenced the other host. Counts while the grant is unanswered."""
+        self.side.resolve(resolution)
 
     def report_now(self) -> Report:
         """The report as things stand; the last one, if the journal did not take it."""
@@ -230,7 +235,7 @@ class SourceMigration:
             faults.point("source.round-sent")
             verdict = convergence.decide(
                 self.figures.rounds,
-                self._costs(),
+                self.figures.costs(),
                 max_downtime=self.options.max_downtime,
                 max_rounds=self.options.max_rounds,
             )
@@ -339,9 +344,6 @@ class SourceMigration:
         for gone in self._sent_before - present:
             self._sender.drop_object(gone)
         self._sent_before = present
-
-    def _costs(self) -> Costs:
-        return self.figures.costs(self.options.bandwidth)
 
     def _map(self) -> GpuMap:
         if self._reservation is None:

@@ -102,7 +102,7 @@ class Agent:
 
     def _serve(self) -> int:
         agent_pb2_grpc.add_AgentServicer_to_server(
-            OperatorServicer(self.host, self.sources), self._server
+            OperatorServicer(self.host, self.sources, self.destinations), self._server
         )
         peer_pb2_grpc.add_PeerServicer_to_server(
             PeerServicer(self.journal, self.sources, self.destinations, self.config.allow_from),

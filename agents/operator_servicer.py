@@ -8,8 +8,10 @@ from importlib.metadata import version
 import grpc
 import msgspec
 
+from agents.destination import Destinations
 from agents.peer_servicer import answers_errors, parsed
 from agents.processes import list_processes
+from agents.resolving import resolve
 from agents.source import Sources
 from migrate.errors import MigrateError, UsageError
 from migrate.inventory import HOST_NAME, split_address
@@ -30,9 +32,10 @@ MAX_LIST = 1000
 class OperatorServicer(agent_pb2_grpc.AgentServicer):
     """What a person or a scheduler may ask of this host."""
 
-    def __init__(self, host: Host, sources: Sources) -> None:
+    def __init__(self, host: Host, sources: Sources, destinations: Destinations) -> None:
         self._host = host
         self._sources = sources
+        self._destinations = destinations
 
     @answers_errors
     def Info(
@@ -120,6 +123,22 @@ class OperatorServicer(agent_pb2_grpc.AgentServicer):
         require_role(context, OPERATORS)
         outcome, message = self._abort(request.id)
         return agent_pb2.AbortReply(outcome=outcome, message=message)
+
+    @answers_errors
+    def Resolve(
+        self, request: agent_pb2.ResolveRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.ResolveReply:
+        """Take an operator's decision about an owner that nobody else can name."""
+        require_role(context, OPERATORS)
+        message = resolve(
+            self._host.name,
+            self._sources,
+            self._destinations,
+            request.id,
+            owner=request.owner,
+            fenced=request.fenced,
+        )
+        return agent_pb2.ResolveReply(message=message)
 
     def _abort(self, migration: str) -> tuple[agent_pb2.AbortReply.Outcome, str]:
         state = self._sources.state(migration)

@@ -38,6 +38,7 @@ COMMANDS: dict[str, Entry] = {
     "show": Entry("migrate.cli.show:show_command", "Show the report of a migration."),
     "watch": Entry("migrate.cli.watch:watch_command", "Follow a migration."),
     "abort": Entry("migrate.cli.abort:abort_command", "Cancel a migration."),
+    "resolve": Entry("migrate.cli.resolve:resolve_command", "Decide an owner nobody can name."),
     "map": Entry("migrate.cli.map:map_command", "Show which GPU would go where, and why."),
     "demo": Entry("migrate.cli.demo:demo_command", "Move a process between two simulated hosts."),
     "drill": Entry("migrate.cli.drill:drill_command", "Hurt agents and see who owns the process."),

@@ -20,6 +20,7 @@ from migrate.errors import (
     MigrateError,
     MigrationFailed,
     RestoreFailed,
+    UsageError,
     VerificationFailed,
 )
 from migrate.kfd.process import KfdCheckpoint, KfdProcess, Restored, RestoreProof
@@ -39,6 +40,7 @@ from migrate.orchestrator.handover import (
     GrantCame,
     Kill,
     Reply,
+    Resolved,
     Restarted,
     Start,
     Write,
@@ -174,6 +176,18 @@ class DestinationMigration:
                 DestinationState.OWNED,
                 DestinationState.OWNED_DEAD,
             )
+
+    def resolve(self, fenced: str) -> None:
+        """An operator fenced the source's host: the held copy is the process now.
+
+        Raises UsageError if no copy is held here; nothing if it runs already.
+        """
+        with self._lock:
+            if self.machine.state is DestinationState.OWNED:
+                return
+            if self.machine.state is not DestinationState.PREPARED or not self.is_present():
+                raise UsageError(f"no copy is held here that could be owned ({self.machine.state})")
+            self.feed(Resolved(source_owns=False, fenced=fenced))
 
     def figures(self) -> DestinationFigures:
         """What was measured here."""

@@ -6,16 +6,16 @@ import random
 import shutil
 from pathlib import Path
 
+from agents.resolving import resolve
 from migrate import faults as fault_points
 from migrate.errors import MigrateError
 from migrate.model import Value
-from migrate.orchestrator.handover import Resolved
 from migrate.orchestrator.plan import Options
 from migrate.status import DestinationState, SourceState
 from scenarios.simulate.faults import Faults
 from scenarios.simulate.judge import Judge
 from scenarios.simulate.network import Network
-from scenarios.simulate.nodes import WATCHDOG, Node
+from scenarios.simulate.nodes import WATCHDOG, Agent, Node
 from scenarios.simulate.processes import Copy
 from scenarios.simulate.scheduler import Scheduler
 
@@ -177,11 +177,10 @@ class World:
         copies = [c for c in self.destination_copies() if c.alive]
         runs = any(c.tasks_run for c in copies)
         if here.agent is not None and said == SourceState.GRANTED:
-            live = next(iter(here.agent.sources._live.values()))
             self.resolved = "destination" if runs else "source"
             if not runs:
                 self.switch_off(there)
-            live.side.resolve(Resolved(source_owns=not runs, fenced="a" if runs else "b"))
+            self._resolve(here.agent, *(("b", "a") if runs else ("a", "b")))
         elif here.agent is not None and said == SourceState.DEVICE:
             self.resolved = "given up"  # nobody has a copy any more
             next(iter(here.agent.sources._live.values())).abort()
@@ -190,13 +189,20 @@ class World:
                 return "ended" if self.faults.happened["journal lost"] else "a copy stands still"
             self.resolved = "destination"
             self.switch_off(here)
-            migration = next(iter(there.agent.destinations._live.values()))
-            event = Resolved(source_owns=False, fenced="a")
-            self.scheduler.start("operator", there.agent, lambda: migration.feed(event))
+            self._resolve(there.agent, "b", "a")
         else:
             return "ended"  # a journal was lost: nothing is left that could be asked
         self.tell(f"the operator decides: {self.resolved}")
         return self._until_end()
+
+    def _resolve(self, agent: Agent, owner: str, fenced: str) -> None:
+        (migration,) = agent.journal.migrations()
+
+        def act() -> None:
+            sources, destinations = agent.sources, agent.destinations
+            resolve(agent.node.name, sources, destinations, migration, owner=owner, fenced=fenced)
+
+        self.scheduler.start("operator", agent, act)
 
     def _outcome(self, operator: bool) -> Outcome:
         failure = self.scheduler.failure

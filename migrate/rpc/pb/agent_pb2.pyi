@@ -129,3 +129,19 @@ class AbortReply(_message.Message):
     outcome: AbortReply.Outcome
     message: str
     def __init__(self, outcome: _Optional[_Union[AbortReply.Outcome, str]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class ResolveRequest(_message.Message):
+    __slots__ = ("id", "owner", "fenced")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    FENCED_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    owner: str
+    fenced: str
+    def __init__(self, id: _Optional[str] = ..., owner: _Optional[str] = ..., fenced: _Optional[str] = ...) -> None: ...
+
+class ResolveReply(_message.Message):
+    __slots__ = ("message",)
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    message: str
+    def __init__(self, message: _Optional[str] = ...) -> None: ...

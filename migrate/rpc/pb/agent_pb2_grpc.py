@@ -69,6 +69,11 @@ class AgentStub:
                 request_serializer=migrate_dot_v1_dot_agent__pb2.AbortRequest.SerializeToString,
                 response_deserializer=migrate_dot_v1_dot_agent__pb2.AbortReply.FromString,
                 _registered_method=True)
+        self.Resolve = channel.unary_unary(
+                '/migrate.v1.Agent/Resolve',
+                request_serializer=migrate_dot_v1_dot_agent__pb2.ResolveRequest.SerializeToString,
+                response_deserializer=migrate_dot_v1_dot_agent__pb2.ResolveReply.FromString,
+                _registered_method=True)
 
 
 class AgentServicer:
@@ -121,6 +126,14 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resolve(self, request, context):
+        """An operator decides who owns a process after the other host was fenced: switched off, or
+        kept otherwise from ever running it. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -158,6 +171,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=migrate_dot_v1_dot_agent__pb2.AbortRequest.FromString,
                     response_serializer=migrate_dot_v1_dot_agent__pb2.AbortReply.SerializeToString,
+            ),
+            'Resolve': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resolve,
+                    request_deserializer=migrate_dot_v1_dot_agent__pb2.ResolveRequest.FromString,
+                    response_serializer=migrate_dot_v1_dot_agent__pb2.ResolveReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -349,6 +367,33 @@ class Agent:
             '/migrate.v1.Agent/Abort',
             migrate_dot_v1_dot_agent__pb2.AbortRequest.SerializeToString,
             migrate_dot_v1_dot_agent__pb2.AbortReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resolve(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrate.v1.Agent/Resolve',
+            migrate_dot_v1_dot_agent__pb2.ResolveRequest.SerializeToString,
+            migrate_dot_v1_dot_agent__pb2.ResolveReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -14,6 +14,7 @@ class AgentStub:
     Show: grpc.UnaryUnaryMultiCallable[agent_pb2.ShowRequest, agent_pb2.ShowReply]
     List: grpc.UnaryUnaryMultiCallable[agent_pb2.ListRequest, agent_pb2.ListReply]
     Abort: grpc.UnaryUnaryMultiCallable[agent_pb2.AbortRequest, agent_pb2.AbortReply]
+    Resolve: grpc.UnaryUnaryMultiCallable[agent_pb2.ResolveRequest, agent_pb2.ResolveReply]
 
 class AgentServicer:
     def Info(
@@ -37,6 +38,9 @@ class AgentServicer:
     def Abort(
         self, request: agent_pb2.AbortRequest, context: grpc.ServicerContext
     ) -> agent_pb2.AbortReply: ...
+    def Resolve(
+        self, request: agent_pb2.ResolveRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.ResolveReply: ...
 
 def add_AgentServicer_to_server(
     servicer: AgentServicer, server: grpc.Server

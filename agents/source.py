@@ -25,6 +25,10 @@ from migrate.status import SourceState
 _log = logging.getLogger(__name__)
 
 PeerFactory = Callable[[str, str], Peer]  # name, address
+# A process of ours may still stand, and it is the source's.
+UNFINISHED = frozenset(
+    {SourceState.SETUP, SourceState.ACTIVE, SourceState.DEVICE, SourceState.UNDOING}
+)
 ENDED_STATES = frozenset({SourceState.DONE, SourceState.ROLLED_BACK})
 
 
@@ -161,7 +165,7 @@ class Sources:
     def stop(self) -> bool:
         """Let go of all: granted ones stay frozen and on record, others are undone.
 
-        False if that takes too long.
+        False if an undo takes too long or failed: the watchdog has to do it.
         """
         with self._lock:
             live, threads = list(self._live.values()), list(self._threads.values())
@@ -170,7 +174,9 @@ class Sources:
             migration.cancel.set()
         for thread in threads:
             thread.join(timeout=30)
-        return not any(thread.is_alive() for thread in threads)
+        return not any(thread.is_alive() for thread in threads) and not any(
+            migration.side.machine.state in UNFINISHED for migration in live
+        )
 
     def _running(self) -> set[str]:
         return {m for m, thread in self._threads.items() if thread.is_alive()}

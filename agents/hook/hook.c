@@ -99,6 +99,7 @@ struct reply_head {
 
 static int channel = -1;
 static pid_t channel_owner;
+static pid_t lost; /* process in which the agent went away: not called again there */
 static int stage;
 static int held;
 static int paused[256];
@@ -522,7 +523,9 @@ static int serve(struct verdict *verdict)
 /* The agent is gone. */
 static int abandoned(void)
 {
-	complain("the agent is gone");
+	if (lost != getpid())
+		complain("the agent is gone");
+	lost = getpid();
 	hang_up();
 	if (held)
 		return 0;
@@ -545,7 +548,7 @@ static int converse(int hook, struct event *event, const char *path, struct verd
 	if (path)
 		strncpy(payload + sizeof(*event), path, PATH_MAX - 1);
 	head.length = sizeof(*event) + (path ? strlen(payload + sizeof(*event)) : 0);
-	if (call_agent() || send_message(&head, payload, NULL))
+	if (lost == getpid() || call_agent() || send_message(&head, payload, NULL))
 		return abandoned();
 	while (!done)
 		done = serve(verdict);

@@ -4,7 +4,7 @@
 
 * ``dump``: the agent answers everything.
 * ``gone``: the agent hangs up after PROCESS_INFO, before HOLD.
-* ``gone-in-hold``: it says HOLD and hangs up then.
+* ``gone-in-hold``: it says HOLD and hangs up then, and CRIU's last gate refuses.
 * ``refuse``: it lets the last gate refuse, and unpauses at fini.
 """
 
@@ -71,9 +71,7 @@ class Agent:
         self._process = KfdProcess(call.file(taken), pid)
         counts = self._process.process_info()
         print("paused with", counts.num_bos, "BOs", flush=True)
-        if self.what == "gone-in-hold":
-            call.hold()
-        if self.what.startswith("gone"):
+        if self.what == "gone":
             raise HangUp
 
     def _dump(self, call: HookCall) -> Verdict:
@@ -85,6 +83,9 @@ class Agent:
                 print("checkpoint with", held, "dmabufs", flush=True)
             if self.what == "refuse":
                 return Verdict(value=-errno.ECANCELED)
+            if self.what == "gone-in-hold":
+                call.hold()
+                raise HangUp
         return Verdict()
 
 
@@ -141,6 +142,14 @@ def alive(pid: int) -> bool:
     return done == 0
 
 
+def gate() -> tuple[str, str]:
+    """Options of CRIU: its post-dump gate refuses."""
+    script = FOLDER / "gate"
+    script.write_text('#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" != post-dump ]\n')
+    script.chmod(0o755)
+    return "--action-script", str(script)
+
+
 def main(what: str) -> None:
     """One drill, from nothing."""
     shutil.rmtree(FOLDER, ignore_errors=True)
@@ -153,6 +162,7 @@ def main(what: str) -> None:
         [
             *("criu", "dump", "-t", str(pid), "-D", str(IMAGES), "-L", str(FOLDER / "hook")),
             *("-v4", "-o", "dump.log", "--link-remap"),
+            *(gate() if what == "gone-in-hold" else ()),
         ],
         env={**os.environ, SOCKET_VARIABLE: str(ADDRESS)},
         check=False,

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(3000)]
 
 def test_every_conformance_test_passes_on_the_real_driver(start_host: StartHost) -> None:
     host = start_host(HostSpec(name="a"))
-    passed = conformance.run(host, ["-q", "-m", "not simulated"], print)
+    passed = conformance.run(host, ["-q"], print)
     assert passed == _collected()
 
 

@@ -1,0 +1,116 @@
+"""``migrate resolve`` with real processes: a host is gone, an operator says who owns the job.
+
+A host that is switched off is here an agent and a process that are killed: what a crash of
+the machine leaves is its journal.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from migrate.faults import VARIABLE
+from scenarios.cluster import AgentSetup, Cluster, wait_until
+from tests.integration.jobs import Job, migrate, start_job, twin_digest
+from tests.integration.lookers import (
+    PATIENCE,
+    copy_pid,
+    ended,
+    is_runnable,
+    is_stopped,
+    is_there,
+    kill_agent,
+    started,
+    states,
+    wait_state,
+)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with Cluster.temporary() as made:
+        for name in ("a", "b"):
+            made.add_host(name)
+        yield made
+
+
+def job_of(cluster: Cluster) -> Job:
+    options = ("--until", str(cluster.folder / "job.end"), "--delay-us", "500")
+    return start_job(cluster, "a", "job", pace=0.05, options=options)
+
+
+def finish(cluster: Cluster, job: Job) -> int:
+    """Its digest is that of a twin that never moved; how many pids it had."""
+    job.runs_on()
+    (cluster.folder / "job.end").touch()
+    result = job.result()
+    assert result["digest"] == twin_digest(cluster.folder, result["steps"], cluster.hosts["a"].root)
+    return len(result["pids"])
+
+
+def held_at(cluster: Cluster, host: str, moment: str) -> tuple[Job, str]:
+    """A job, and a migration in which the agent of *host* stands still at a moment."""
+    job = job_of(cluster)
+    kill_agent(cluster.hosts[host])
+    prelude = f"import os\nos.environ[{VARIABLE!r}] = '{moment}=stop'"
+    cluster.start_agent(host, AgentSetup(prelude=prelude))
+    migration = started(cluster, "a", "b", str(job.pid), "--max-rounds", "1")
+    agent = cluster.hosts[host].agent
+    assert agent is not None
+    wait_until(lambda: is_stopped(agent.pid), PATIENCE, f"the moment at {host}")
+    return job, migration
+
+
+def switch_off(cluster: Cluster, host: str, pid: int | None) -> None:
+    assert pid is not None
+    kill_agent(cluster.hosts[host])
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not is_there(pid), PATIENCE, "the process to be gone")
+
+
+def test_the_destination_is_gone_and_the_source_gets_its_process_back(cluster: Cluster) -> None:
+    a, b = cluster.hosts["a"], cluster.hosts["b"]
+    job, migration = held_at(cluster, "b", "destination.owned.after-write")
+    switch_off(cluster, "b", copy_pid(b, migration))
+    assert states(a, migration, "source")[-1] == "GRANTED"
+    assert not is_runnable(job.pid)
+    assert migrate(cluster, "abort", migration, "--host", "a").code == 92
+
+    decision = ("resolve", migration, "--owner", "a", "--fenced", "b")
+    outcome = migrate(cluster, *decision)
+    assert outcome.code == 0, outcome.document
+    report = ended(a, migration)
+    assert (report["owner"], report["running"]) == ("source", "source")
+    assert states(a, migration, "source")[-2:] == ["UNDOING", "ROLLED_BACK"]
+    assert "before" in migrate(cluster, *decision).document["message"]
+    assert migrate(cluster, "resolve", migration, "--owner", "b", "--fenced", "a").code != 0
+
+    # The fenced host comes back: its journal says OWNED, its copy is gone, and nothing runs.
+    cluster.start_agent("b", AgentSetup())
+    wait_state(b, migration, "destination", "OWNED_DEAD")
+    assert finish(cluster, job) == 1
+
+
+def test_the_source_is_gone_and_the_held_copy_becomes_the_process(cluster: Cluster) -> None:
+    a, b = cluster.hosts["a"], cluster.hosts["b"]
+    job, migration = held_at(cluster, "a", "source.granted.after-write")
+    copy = copy_pid(b, migration)
+    switch_off(cluster, "a", job.pid)
+    assert states(b, migration, "destination")[-1] == "PREPARED"
+    assert is_there(copy)
+    assert not is_runnable(copy)
+
+    outcome = migrate(cluster, "resolve", migration, "--owner", "b", "--fenced", "a")
+    assert outcome.code == 0, outcome.document
+    assert states(b, migration, "destination")[-1] == "OWNED"
+    job.runs_on()
+
+    # The fenced host comes back and agrees.
+    cluster.start_agent("a", AgentSetup())
+    wait_state(a, migration, "source", "DONE")
+    report = ended(a, migration)
+    assert (report["owner"], report["running"]) == ("destination", "destination")
+    assert finish(cluster, job) == 2

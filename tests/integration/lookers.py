@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import sqlite3
 import threading
 from dataclasses import dataclass, field
@@ -192,21 +190,6 @@ class Watcher:
         assert self.looks
         assert not self.both, self.both[0]
         assert not self.neither, self.neither[0]
-
-
-def suspended(host: SimulatedHost) -> contextlib.AbstractContextManager[None]:
-    """The agent stands still, as on a machine that swaps, and goes on afterwards."""
-
-    @contextlib.contextmanager
-    def hold() -> Any:
-        assert host.agent is not None
-        os.kill(host.agent.pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(host.agent.pid, signal.SIGCONT)
-
-    return hold()
 
 
 def started(cluster: Cluster, *arguments: str) -> str:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,11 @@ SLOW = ("--bandwidth", "1")  # MiB/s: pre-copy of the victim takes about fifteen
 
 @dataclass
 class Field:
-    """Host a with the victim, host b behind a wire, and as many bad ones as a test adds."""
+    """Host a with the victim, host b behind a wire, and what a test adds."""
 
     cluster: Cluster
     wire: Wire
     victim: Job
-    bad: list[str] = field(default_factory=list)
 
     def run(self, destination: str = "b", *options: str, pid: int | None = None) -> Outcome:
         """``migrate run`` of the victim."""

@@ -1,4 +1,4 @@
-"""A TCP proxy between two agents that alters, cuts or holds what passes."""
+"""A TCP proxy between two agents that alters or cuts what passes."""
 
 from __future__ import annotations
 
@@ -32,16 +32,11 @@ def unaltered(_offset: int, data: bytes) -> bytes | None:
 
 
 class Wire:
-    """Forwards connections to *target*; ``alter`` sees what flows towards it.
-
-    ``hold`` keeps back what flows towards the target, as a network would that lost its way
-    in one direction; answers still come through.
-    """
+    """Forwards connections to *target*; ``alter`` sees what flows towards it."""
 
     def __init__(self, target: int) -> None:
         self.target = target
         self.alter: Alter = unaltered
-        self.hold = threading.Event()
         self.connections = 0
         self._stop = threading.Event()
         self._listener = socket.create_server((LOOPBACK, 0))
@@ -81,9 +76,7 @@ class Wire:
     def _pump(self, near: socket.socket, far: socket.socket) -> None:
         offset = 0
         while not self._stop.is_set():
-            # What is held is left in the kernel, so an end of the sender is not seen either.
-            wanted = [far] if self.hold.is_set() else [near, far]
-            for ready in select.select(wanted, [], [], TICK)[0]:
+            for ready in select.select([near, far], [], [], TICK)[0]:
                 data = ready.recv(PIECE)
                 if not data:
                     return

@@ -39,6 +39,7 @@ _log = logging.getLogger(__name__)
 
 WORKERS = 64  # calls at once; a watcher holds one as long as it watches
 JOURNAL_FAILED = 74  # exit code: EX_IOERR of sysexits.h
+WAKE = 0.5  # seconds
 STOP_GRACE = 5.0  # seconds that calls under way have at the end
 
 
@@ -187,5 +188,8 @@ def serve(config: AgentConfig, ready_fd: int | None = None) -> None:
             os.write(ready_fd, f"{agent.address}\n".encode())
         os.close(ready_fd)
     _log.info("agent of %s answers at %s", config.name, agent.address)
-    ended.wait()
+    # A signal that came while the whole process was stopped may be taken by another thread,
+    # and then nothing wakes this one, which alone runs handlers.
+    while not ended.wait(WAKE):
+        continue
     agent.stop()

@@ -71,7 +71,14 @@ class Play:
             began = time.time()
             self._play(offsets)
             judge.processes(self)
-        except (Failed, TimeoutError, MigrateError, OSError, ValueError) as error:
+        except (
+            Failed,
+            TimeoutError,
+            MigrateError,
+            OSError,
+            ValueError,
+            subprocess.SubprocessError,
+        ) as error:
             self.problems.append(f"{type(error).__name__}: {error}")
         ended = time.time()
         seen = looks.end() if looks is not None else []

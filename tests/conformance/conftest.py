@@ -14,17 +14,17 @@ def _options() -> list[str]:
     return [] if may_checkpoint(os.getpid()) else ["--allow-unprivileged"]
 
 
-@pytest.fixture(scope="module")
-def _module_host() -> Iterator[Host]:
+@pytest.fixture(scope="session")
+def _host() -> Iterator[Host]:
     with any_host(*_options()) as host:
         yield host
 
 
 @pytest.fixture
-def host(_module_host: Host) -> Iterator[Host]:
-    """The host under test; children are gone after each test."""
-    yield _module_host
-    _module_host.end_children()
+def host(_host: Host) -> Iterator[Host]:
+    """The host under test, the same for all tests; children are gone after each."""
+    yield _host
+    _host.end_children()
 
 
 @pytest.fixture

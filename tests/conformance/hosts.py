@@ -40,6 +40,8 @@ _context.set_forkserver_preload(
     [
         "migrate.kfd.sim.client",
         *(f"tests.conformance.test_{part}" for part in PARTS),
+        "tests.unit.test_sim_node",
+        "tests.unit.test_sim_svm",
     ]
 )
 
@@ -134,6 +136,7 @@ class Host:
     def __init__(self, paths: HostPaths, root: Path | None) -> None:
         self.paths = paths
         self.root = root
+        self.images: dict[str, Any] = {}  # of targets, kept for later tests
         self._children: list[Child] = []
 
     @property

@@ -110,7 +110,7 @@ class Host:
         theirs.parent.mkdir(parents=True, exist_ok=True)
         number = list(FIRST_SLOT).index(self.name) + 1
         append = (
-            "console=ttyS0 loglevel=5 panic=-1 oops=panic nokaslr"
+            "console=ttyS0 loglevel=5 panic=-1 oops=panic nokaslr no_timer_check"
             f" lab.host={self.name} lab.gpus={spec.gpus} lab.vram_mb={spec.vram_mb}"
             f" lab.address={spec.address} lab.peers={peers}"
         )

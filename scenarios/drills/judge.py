@@ -110,7 +110,7 @@ def strays(stage: Stage) -> dict[int, str]:
         for pid, line in processes_of(str(stage.folder)).items()
         if pid not in known
         and "agents.watchdog" not in line
-        and " -m migrate --json" not in line
+        and "migrate.cli.main" not in line
         and look(pid).state != GONE
     }
 

@@ -93,7 +93,8 @@ def lanes(
             found.append(Span(lane=lane, start=start - began, end=end - began, text=text))
 
     for lane, steps in (("source", source), ("destination", destination)):
-        for (start, state), (end, _) in zip(steps, [*steps[1:], (ended, "")], strict=True):
+        ends = [start for start, _ in steps[1:]] + [ended]
+        for (start, state), end in zip(steps, ends, strict=False):
             add(lane, start, end, state)
     for number in sorted({seen.pid for seen in looks}):
         lane = "process at the source" if number == pid else "copy at the destination"

@@ -27,6 +27,12 @@ IN_FLIGHT = 10  # steps that prove running queues: more than were under way
 LET_GO = 5.0  # seconds within which the watchdog lets a source go; the drill's own promise
 UNREACHABLE = 11  # exit code of AGENT_UNREACHABLE
 
+# A shell's background jobs start with SIGINT ignored, and so would their children.
+COMMAND = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    " from migrate.cli.main import main; main()"
+)
+
 
 class Failed(Exception):
     """The drill can't go on: what was to happen did not."""
@@ -194,7 +200,7 @@ class Play:
         self._mark("migrate run")
         self._command = subprocess.Popen(
             [
-                sys.executable, "-m", "migrate", "--json",
+                sys.executable, "-c", COMMAND, "--json",
                 "--inventory", str(self.stage.inventory),
                 "run", "a", "b", str(self.job.pid),
                 "--idempotency-key", self._key,

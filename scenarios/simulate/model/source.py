@@ -189,6 +189,8 @@ def _operator(world: World, go: SourceHost) -> Iterator[Step]:
 
 
 def _told(world: World, go: SourceHost) -> Iterator[Step]:
+    given_up = _put(world, go._replace(queue=(Failed(why="aborted"),)))
+    yield Step("the operator gives up what the destination may hold", given_up, False)
     for message in world.network:
         if message[0] != "state":
             continue

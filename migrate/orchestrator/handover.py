@@ -2,9 +2,11 @@
 
 Two small machines, one for each side. A driver feeds them what happened and performs
 the effects they answer with, **in order**; a ``Write`` is durable, and reported back
-by ``wrote``, before the effect behind it is begun. So ``state`` is always what the
-journal says, also when the disk is full. Nothing here waits, reads a clock or does
-I/O, so that the same code runs in the agents and in a simulation.
+by ``wrote``, before the effect behind it is begun. So ``state`` is what the journal
+says, or, where a full disk may not hold up what a next start would do again to no
+effect, one step ahead of it (see ``SourceSide``). Nothing here waits, reads a clock or
+does I/O, so that the same code runs in the agents, in a simulation and in an exhaustive
+search. docs/handover.md has the states, the sequences and the evidence.
 
 ::
 
@@ -25,7 +27,10 @@ ONE-RUNS      At no instant may both copies run: the source's is frozen from Hol
 NO-TIMEOUT    After GRANTED no timeout, abort, restart or failure moves the source. Only
               the destination's answer or an operator who fenced a host does.
 REFUSED-STAYS A destination that refused or aborted never runs that copy: a Grant that
-              comes later is refused again.
+              comes later is refused again. REFUSING is durable before the copy is ended,
+              so that a copy found dead in OWNED, and only there, may have run.
+OWNED-STAYS   A destination never ends a copy that ran.
+SEEN-ALIVE    OWNED is answered only while the copy is seen alive.
 NOT-KNOWN     "No record" and an answer from another journal (store id) are not refusals.
 WRITE-FIRST   Every decision is durable before its first effect, and every effect may be
               done again, so a crash anywhere resumes from the last record.

@@ -173,6 +173,7 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
         if found is not None and found.source.name == caller.name:
             reply.state = found.machine.state or ""
             reply.token = found.machine.token
+            reply.life = found.life
         return reply
 
     def _own(self, migration: str, context: grpc.ServicerContext) -> None:

@@ -121,6 +121,9 @@ class Report(Value):
     """All of a migration. ``running`` is "source", "destination", "nowhere" or "unknown".
 
     ``pending_packets``: packets that waited in the queues' rings when the process stood.
+    ``life``: what the destination saw of the released process within 3 seconds: "alive",
+    "idle" (it did too little before for anything to be missed), "suspect" (it did
+    something before and does nothing now), "ended", or "" if nobody looked.
     """
 
     id: str
@@ -141,6 +144,7 @@ class Report(Value):
     codecs: dict[str, float] = msgspec.field(default_factory=dict)
     gpu_map: tuple[GpuRow, ...] = ()
     pending_packets: int = 0
+    life: str = ""
     chunks_verified: int = 0
     source_peak: PeakMemory = PeakMemory()
     destination_peak: PeakMemory = PeakMemory()

@@ -128,6 +128,15 @@ def command(pid: int) -> tuple[str, ...]:
     return tuple(os.fsdecode(item) for item in data.split(b"\0")[:-1])
 
 
+def cpu_seconds(pid: int) -> float:
+    """CPU time of all its threads in seconds, 0 once it is gone (proc(5), utime and stime)."""
+    try:
+        fields = _stat(f"/proc/{pid}/stat")
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError):
+        return 0.0
+
+
 def resident_bytes(pid: int) -> int:
     """Private anonymous memory that is resident. Raises NoSuchProcess."""
     return int((status(pid, "RssAnon") or "0").split()[0]) * 1024

@@ -6,6 +6,7 @@ that is under way. What the handover machine answers is performed here, in order
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,10 +47,13 @@ from migrate.orchestrator.handover import (
     Write,
 )
 from migrate.orchestrator.host import Host
+from migrate.orchestrator.life import SUSPECT, watch
 from migrate.orchestrator.peer import GrantReply, PreparedReply
-from migrate.orchestrator.plan import ObjectOrder, RestoreOrder
+from migrate.orchestrator.plan import Activity, ObjectOrder, RestoreOrder
 from migrate.report import DestinationFigures
 from migrate.status import DestinationState
+
+_log = logging.getLogger(__name__)
 
 _BEFORE_WRITE = {
     DestinationState.PREPARED: "destination.prepared.before-write",
@@ -122,6 +126,8 @@ class DestinationMigration:
         self._released_at = 0.0
         self._reply: GrantReply | None = None
         self._why = ""
+        self._ran = Activity()
+        self.life = ""  # what was seen of the copy after its release
 
     # ------------------------------------------------------------ calls of the source
 
@@ -138,6 +144,7 @@ class DestinationMigration:
             if self.machine.state is not DestinationState.RESERVED:
                 raise MigrationFailed(f"this attempt is {self.machine.state} and can't be restored")
             self._write(self.machine.to(DestinationState.RESTORING))
+            self._ran = order.ran
             try:
                 self._build(order, manifest)
                 self.feed(Built(token=secrets.token_bytes(16)))
@@ -285,8 +292,15 @@ class DestinationMigration:
             self.host.engine.thaw(copy)
             faults.point("destination.thawed")
             self._released_at = self.host.clock.monotonic()
+            if self._ran.seconds:
+                self.host.clock.start(f"life-{self.id}", lambda: self._watch(copy))
             self._drop_staging()
         return None if self.host.engine.is_alive(copy) else CopyDied()
+
+    def _watch(self, copy: ProcessRef) -> None:
+        self.life = watch(self._ran, copy, self.host.engine, self.host.clock)
+        log = _log.warning if self.life == SUSPECT else _log.info
+        log("migration %s: the released process %d is %s", self.id, copy.pid, self.life)
 
     def _never_ran(self, copy: ProcessRef, error: MigrateError) -> bool:
         """Whether a failed first RESUME proves that nothing of the copy ever ran.

@@ -97,6 +97,7 @@ class SourceFigures:
         self.predicted: float | None = None
         self.gpu_map: GpuMap | None = None
         self.pending_packets = 0
+        self.life = ""
         self.snapshot = 0.0  # seconds that stopping and checkpointing took the last time
         self.user_gpu_ids: dict[int, int] = {}  # actual gpu_id at the source: user_gpu_id
         self._sizes: dict[ObjectKind, int] = {}
@@ -170,6 +171,7 @@ class SourceFigures:
             codecs=self._codecs(),
             gpu_map=self._gpu_rows(),
             pending_packets=self.pending_packets,
+            life=self.life,
             chunks_verified=self._destination.chunks_verified,
             source_peak=peak,
             destination_peak=self._destination.peak,

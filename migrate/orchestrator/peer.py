@@ -50,6 +50,7 @@ class PeerState(Value):
     state: str
     store_id: str
     token: bytes
+    life: str = ""  # what the destination saw of the released copy: see life.py
 
 
 class Peer(Protocol):

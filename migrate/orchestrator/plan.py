@@ -63,6 +63,18 @@ class ObjectOrder(Value):
     cpu: CpuRange | None = None
 
 
+class Activity(Value):
+    """What a process did in ``seconds`` before its freeze: CPU seconds, packets its queues read.
+
+    ``pointers``: its queues' read pointers in the freeze, by address. See life.py.
+    """
+
+    seconds: float = 0.0
+    cpu: float = 0.0
+    packets: int = 0
+    pointers: tuple[tuple[int, int], ...] = ()
+
+
 class RestoreOrder(Value):
     """Everything but memory contents. Sent once, when the source is frozen."""
 
@@ -70,3 +82,4 @@ class RestoreOrder(Value):
     image: CpuImage
     checkpoints: tuple[KfdCheckpoint, ...]
     objects: tuple[ObjectOrder, ...]
+    ran: Activity = Activity()

@@ -33,6 +33,18 @@ def pending_packets(checkpoints: Sequence[Checkpointed]) -> int:
     )
 
 
+def read_pointers(checkpoints: Sequence[Checkpointed]) -> dict[int, int]:
+    """Value of each AQL queue's read pointer by its address in the process."""
+    found = {}
+    for checkpointed in checkpoints:
+        for queue in private_data(checkpointed.checkpoint).queues:
+            if queue.format == QUEUE_FORMAT_AQL:
+                value = _pointer(checkpointed, queue.read_ptr_addr)
+                if value is not None:
+                    found[queue.read_ptr_addr] = value
+    return found
+
+
 def _pointer(checkpointed: Checkpointed, address: int) -> int | None:
     for bucket, fd in zip(checkpointed.checkpoint.bos, checkpointed.dmabufs, strict=True):
         if fd is not None and bucket.addr <= address <= bucket.addr + bucket.size - POINTER:

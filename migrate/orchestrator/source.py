@@ -37,10 +37,11 @@ from migrate.orchestrator.handover import (
     SourceHandover,
 )
 from migrate.orchestrator.host import Host
+from migrate.orchestrator.life import INTERVAL, WINDOW, Look, between, take_look
 from migrate.orchestrator.narrator import Narrator
 from migrate.orchestrator.objects import ObjectTable, opened
 from migrate.orchestrator.peer import Peer, Reservation
-from migrate.orchestrator.plan import ObjectOrder, Options, RestoreOrder
+from migrate.orchestrator.plan import Activity, ObjectOrder, Options, RestoreOrder
 from migrate.orchestrator.rings import pending_packets
 from migrate.orchestrator.source_handover import SourceSide, note_pausing, note_unpaused, refusal
 from migrate.report import Report
@@ -95,6 +96,8 @@ class SourceMigration:
         self._objects = ObjectTable()
         self._sent_before: set[int] = set()
         self._reservation: Reservation | None = None
+        self._first_look: Look | None = None
+        self._ran = Activity()
         self._sender: Sender | None = None
         self._report: Report | None = None
 
@@ -206,6 +209,7 @@ class SourceMigration:
             raise EngineUnsupported(f"process {self.process.pid} has no KFD state")
         topology = self.host.topology()
         with self._snapshot() as stopped:
+            self._first_look = take_look(self.process, stopped.checkpoints, self.host.clock)
             self.figures.user_gpu_ids = {
                 device.actual_gpu_id: device.user_gpu_id
                 for checkpointed in stopped.checkpoints
@@ -261,6 +265,9 @@ class SourceMigration:
         note_pausing(self.host.journal, self.id)
         with _Stopped(self.host.engine.visit_frozen(self.process, _checkpoint_frozen)) as stopped:
             self.figures.pending_packets = pending_packets(stopped.checkpoints)
+            if self._first_look is not None:
+                last = take_look(self.process, stopped.checkpoints, self.host.clock)
+                self._ran = between(self._first_look, last)
             downtime.lap("checkpoint")
             faults.point("source.checkpointed")
             self.narrator.enter("final round", Status.DEVICE)
@@ -282,6 +289,23 @@ class SourceMigration:
         self.side.feed(Prepared(token=prepared.token, store_id=prepared.store_id))
         if self.side.answer is not None and self.side.answer.answer is Answer.OWNED:
             self.figures.released(self.side.answer.figures, at=self.side.answered_at)
+            self._ask_life()
+
+    def _ask_life(self) -> None:
+        """What the destination sees of the released copy. Decides nothing."""
+        if not self._ran.seconds:
+            return
+        clock = self.host.clock
+        deadline = clock.monotonic() + WINDOW + 1
+        while clock.monotonic() < deadline and not self.stop.is_set():
+            try:
+                self.figures.life = self.peer.query(self.id).life
+            except MigrateError:
+                return
+            if self.figures.life:
+                self.narrator.say(f"the released process is {self.figures.life}")
+                return
+            self.stop.wait(INTERVAL)
 
     # ------------------------------------------------------------ pieces
 
@@ -310,6 +334,7 @@ class SourceMigration:
             image=image,
             checkpoints=tuple(checkpoints),
             objects=self._bo_orders(checkpoints) + tuple(self._objects.ranges(image.ranges)),
+            ran=self._ran,
         )
 
     def _send_round(

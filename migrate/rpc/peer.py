@@ -122,7 +122,9 @@ class GrpcPeer:
         """Ask what the other journal says."""
         with self._lost():
             reply = self._stub().Query(peer_pb2.QueryRequest(migration=migration), timeout=SHORT)
-        return PeerState(state=reply.state, store_id=reply.store_id, token=reply.token)
+        return PeerState(
+            state=reply.state, store_id=reply.store_id, token=reply.token, life=reply.life
+        )
 
     def close(self) -> None:
         """Drop the connection; the next call makes another."""

@@ -127,11 +127,13 @@ class QueryRequest(_message.Message):
     def __init__(self, migration: _Optional[str] = ...) -> None: ...
 
 class QueryReply(_message.Message):
-    __slots__ = ("state", "store_id", "token")
+    __slots__ = ("state", "store_id", "token", "life")
     STATE_FIELD_NUMBER: _ClassVar[int]
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
     state: str
     store_id: str
     token: bytes
-    def __init__(self, state: _Optional[str] = ..., store_id: _Optional[str] = ..., token: _Optional[bytes] = ...) -> None: ...
+    life: str
+    def __init__(self, state: _Optional[str] = ..., store_id: _Optional[str] = ..., token: _Optional[bytes] = ..., life: _Optional[str] = ...) -> None: ...

@@ -30,8 +30,8 @@ ACTORS = {
     "network": {
         "cut-control", "stall-control", "cut-data", "stall-data", "cut-all", "loss",
     },
-    "source-disk": {"full"},
-    "destination-disk": {"full"},
+    "source-disk": {"full", "fails"},
+    "destination-disk": {"full", "fails"},
     "source-clock": {"jump"},
     "destination-clock": {"jump"},
     "source-gpu": {"scheduler_hang", "process_info_stall"},

@@ -69,7 +69,8 @@ class Play:
         began = time.time()
         try:
             for side in stage.sides:
-                stage.arm(side, drill.faults_of(side), clock=drill.actor == f"{side}-clock")
+                shim = drill.actor in {f"{side}-clock", f"{side}-disk"}
+                stage.arm(side, drill.faults_of(side), shim=shim)
             offsets = {side: stage.log_size(side) for side in stage.sides}
             self._start_job()
             looks = Watch(self.log)
@@ -335,6 +336,9 @@ class Play:
         for side in self.stage.sides.values():
             side.control.heal()
             side.data.heal()
+        for name in self.stage.sides:
+            Path(self.stage.disk(name)).unlink(missing_ok=True)
+            Path(self.stage.clock(name)).unlink(missing_ok=True)
         for pid in judge.copies(self.log):
             try:
                 os.kill(pid, signal.SIGKILL)

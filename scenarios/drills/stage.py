@@ -22,7 +22,7 @@ from scenarios.cluster import LOOPBACK, AgentSetup, Cluster, SimulatedHost
 from scenarios.drills.proxy import Proxy, free_port
 
 HOSTS: Mapping[str, str] = {"source": "a", "destination": "b"}
-SHIM = Path(__file__).with_name("clock.c")
+SHIM = Path(__file__).with_name("shim.c")
 
 
 @dataclass
@@ -118,19 +118,23 @@ class Stage:
 
     # ------------------------------------------------------------ agents
 
-    def arm(self, side: str, specification: str, *, clock: bool = False) -> None:
-        """An agent with these fault points; the one that is there serves if there are none."""
-        plain = not specification and not clock and side not in self._armed
+    def arm(self, side: str, specification: str, *, shim: bool = False) -> None:
+        """An agent with these fault points; the one that is there serves if there are none.
+
+        *shim*: its wall clock can be made to jump, and its disk to be full.
+        """
+        plain = not specification and not shim and side not in self._armed
         if plain and self.sides[side].agent.poll() is None:
             return
         environment = {faults.VARIABLE: specification}
-        if clock:
+        if shim:
             environment |= {
                 "LD_PRELOAD": str(self._shim()),
                 "MIGRATE_DRILL_CLOCK": self.clock(side),
+                "MIGRATE_DRILL_DISK": self.disk(side),
             }
         self.restart(side, environment)
-        if specification or clock:
+        if specification or shim:
             self._armed.add(side)
 
     def restart(self, side: str, environment: Mapping[str, str] | None = None) -> None:
@@ -148,12 +152,16 @@ class Stage:
         """The file that holds the seconds by which a side's wall clock is off."""
         return str(self.folder / f"{side}.clock")
 
+    def disk(self, side: str) -> str:
+        """The file whose presence means that a side's disk is full."""
+        return str(self.folder / f"{side}.full")
+
     def _shim(self) -> Path:
-        built = self.folder / "clock.so"
+        built = self.folder / "shim.so"
         if not built.exists():
             compiler = shutil.which("cc") or shutil.which("gcc")
             if compiler is None:
-                raise UsageError("a clock that jumps needs a C compiler")
+                raise UsageError("a clock that jumps and a disk that is full need a C compiler")
             subprocess.run(
                 [compiler, "-shared", "-fPIC", "-O2", "-o", str(built), str(SHIM)], check=True
             )

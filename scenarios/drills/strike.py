@@ -20,7 +20,7 @@ from scenarios.cluster import wait_until
 from scenarios.drills.drill import Drill
 from scenarios.drills.stage import Side, Stage
 
-FULL = 1  # bytes a file may grow to: every write of a journal that holds something fails
+LIMIT = 1  # bytes a file may grow to: every write of a journal that holds something fails
 
 
 class Strike:
@@ -61,7 +61,7 @@ class Strike:
             case "network":
                 self._hit_network()
             case "source-disk" | "destination-disk":
-                self._limit_files(FULL)
+                self._hit_disk()
             case "source-clock" | "destination-clock":
                 Path(self._stage.clock(self.side_name)).write_text(f"{self._drill.amount:.0f}")
             case "source-gpu" | "destination-gpu":
@@ -82,7 +82,7 @@ class Strike:
                     side.control.heal()
                     side.data.heal()
             case "source-disk" | "destination-disk":
-                self._limit_files(resource.RLIM_INFINITY)
+                self._mend_disk()
             case "source-clock" | "destination-clock":
                 Path(self._stage.clock(self.side_name)).unlink(missing_ok=True)
 
@@ -134,10 +134,21 @@ class Strike:
                 for wire in everything:
                     wire.lose(self._drill.amount)
 
-    def _limit_files(self, limit: int) -> None:
-        """The soft limit alone: it can be lifted again without root."""
+    def _hit_disk(self) -> None:
+        """No room, which a journal outlives, or an error (EFBIG), which ends the agent."""
+        if self._drill.fault == "full":
+            Path(self._stage.disk(self.side_name)).touch()
+            return
         _, hard = resource.prlimit(self._agent.pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(self._agent.pid, resource.RLIMIT_FSIZE, (limit, hard))
+        resource.prlimit(self._agent.pid, resource.RLIMIT_FSIZE, (LIMIT, hard))
+
+    def _mend_disk(self) -> None:
+        if self._drill.fault == "full":
+            Path(self._stage.disk(self.side_name)).unlink(missing_ok=True)
+            return
+        self._agent.wait(60)  # it ends by itself
+        self._stage.restart(self.side_name)
+        self.restarted = True
 
     def _copy(self) -> int:
         """The newest copy that the destination has built of this migration."""

@@ -1,9 +1,11 @@
-/* A wall clock that jumps, for one process and its children, without root.
+/* A wall clock that jumps and a disk that is full, for one process, without root.
  *
- * Preloaded into an agent; adds the seconds written as text in the file
- * MIGRATE_DRILL_CLOCK to CLOCK_REALTIME. The monotonic clock is the kernel's own.
+ * Preloaded into an agent. Adds the seconds written as text in the file
+ * MIGRATE_DRILL_CLOCK to CLOCK_REALTIME; the monotonic clock is the kernel's own. While
+ * there is a file MIGRATE_DRILL_DISK, pwrite (by which SQLite writes) says ENOSPC.
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
@@ -38,6 +40,17 @@ int clock_gettime(clockid_t clock, struct timespec *now)
 	if (!result && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE))
 		now->tv_sec += jump();
 	return result;
+}
+
+ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset)
+{
+	const char *path = getenv("MIGRATE_DRILL_DISK");
+
+	if (path && !access(path, F_OK)) {
+		errno = ENOSPC;
+		return -1;
+	}
+	return syscall(SYS_pwrite64, fd, data, size, offset);
 }
 
 int gettimeofday(struct timeval *restrict now, void *restrict zone)

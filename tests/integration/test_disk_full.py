@@ -1,0 +1,56 @@
+"""A journal on a disk that is really full: nothing is begun, the job runs on, a reason is given."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from scenarios.cluster import Cluster
+from tests.integration.jobs import migrate, start_job
+
+
+def fill(folder: Path) -> Path:
+    """Take what the file system has left."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file:
+        size = 1 << 16
+        while size:
+            try:
+                file.write(bytes(size))
+            except OSError:
+                size //= 2
+    return filler
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("full", ["a", "b"], ids=["source", "destination"])
+def test_a_full_disk_is_told_and_the_job_runs_on(own_cluster: Cluster, full: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    cluster = own_cluster
+    for name in ("a", "b"):
+        cluster.add_host(name)
+    run = cluster.hosts[full].root / "run"
+    cluster.kill_agent(full, signal.SIGTERM)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(run)], check=True)
+    try:
+        cluster.start_agent(full)
+        job = start_job(cluster, "a", "full", steps=100_000)
+        filler = fill(run)
+        outcome = migrate(cluster, "run", "a", "b", str(job.pid))
+        assert outcome.failure["reason"] == "JOURNAL_UNUSABLE", outcome.document
+        assert outcome.code == 14
+        assert "space" in outcome.failure["advice"]
+        job.runs_on()
+        filler.unlink()
+        again = migrate(cluster, "run", "a", "b", str(job.pid))
+        assert again.code == 0, again.document
+        assert again.report.destination.pid is not None
+        os.kill(again.report.destination.pid, signal.SIGKILL)
+        cluster.kill_agent(full, signal.SIGTERM)
+    finally:
+        subprocess.run(["umount", "--lazy", str(run)], check=True)

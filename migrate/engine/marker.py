@@ -56,6 +56,9 @@ class Marker:
         pid = process.pid
         try:
             number = _find(pid)
+            if number is None and not os.listdir(f"/proc/{pid}/fd"):
+                # Killed and not yet gone: its files are closed first.
+                raise NoSuchProcess(f"process {pid} is ending")
             if number is None:
                 raise EngineUnsupported(f"process {pid} does not use the reexec engine's runtime")
             found = cls(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC))

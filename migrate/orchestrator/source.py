@@ -47,6 +47,7 @@ from migrate.orchestrator.source_handover import SourceSide, note_pausing, note_
 from migrate.report import Report
 from migrate.status import SourceState, Status
 
+ENDING = 5.0  # seconds that a killed process may take to be gone
 SenderFactory = Callable[[str, Reservation, Options], Sender]
 
 
@@ -186,10 +187,21 @@ class SourceMigration:
         if self.cancel.is_set() and not isinstance(error, Cancelled):
             return Cancelled("the migration was aborted")
         gone = not self.host.engine.is_alive(self.process)
+        if isinstance(error, NoSuchProcess) and not gone:
+            gone = self._wait_gone()
         granted = self.side.machine.state in (SourceState.GRANTED, SourceState.RELEASING)
         if gone and not granted and not isinstance(error, ProcessExited):
             return ProcessExited(f"process {self.process.pid} ended during the migration")
         return error
+
+    def _wait_gone(self) -> bool:
+        """Whether a process that is ending has ended: its files are closed a moment before."""
+        deadline, wait = self.host.clock.monotonic() + ENDING, self.host.clock.event()
+        while self.host.engine.is_alive(self.process):
+            if self.host.clock.monotonic() > deadline:
+                return False
+            wait.wait(INTERVAL)
+        return True
 
     def _checkpoint_cancel(self) -> None:
         if self.cancel.is_set():

@@ -111,11 +111,11 @@ def thaw_on_failure_after_granted() -> None:
 
 
 def resume_before_owned() -> None:
-    """The copy is started while OWNED is on its way to the disk."""
+    """The copy's queues are let run while OWNED is on its way to the disk."""
 
     def perform(original: Any, self: DestinationMigration, effects: Any) -> Any:
-        if len(effects) == 3 and isinstance(effects[1], Start):
-            effects = (effects[1], effects[0], effects[2])
+        if len(effects) == 3 and isinstance(effects[1], Start) and self.copy is not None:
+            self._resume_all(self.copy.restored)
         return original(self, effects)
 
     _wrap(DestinationMigration, "_perform", perform)
@@ -123,7 +123,13 @@ def resume_before_owned() -> None:
 
 def owned_after_first_task() -> None:
     """OWNED is journaled when the copy was seen alive, so after its tasks were let go."""
-    resume_before_owned()
+
+    def perform(original: Any, self: DestinationMigration, effects: Any) -> Any:
+        if len(effects) == 3 and isinstance(effects[1], Start):
+            effects = (effects[1], effects[0], effects[2])
+        return original(self, effects)
+
+    _wrap(DestinationMigration, "_perform", perform)
 
 
 def owned_answered_before_the_start() -> None:

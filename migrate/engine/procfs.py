@@ -71,6 +71,14 @@ def _thread_states(pid: int) -> Iterator[str]:
             yield _stat(f"/proc/{pid}/task/{thread}/stat")[0]
 
 
+def is_ending(process: ProcessRef) -> bool:
+    """Whether it was killed, or exits, and is not gone yet: PF_EXITING in field 9 of stat."""
+    try:
+        return exists(process) and bool(int(_stat(f"/proc/{process.pid}/stat")[6]) & 4)
+    except (OSError, IndexError):
+        return False
+
+
 def threads(pid: int) -> list[int]:
     """Thread ids. Raises NoSuchProcess."""
     try:

@@ -150,7 +150,7 @@ class SourceFigures:
         """The report as things stand; *ended* says that nothing more will happen."""
         owner = owner_of(state) if state is not None else owner_of(SourceState.SETUP)
         if ended and state is SourceState.GRANTED and error is None:
-            error = _unanswered(answer)
+            error = unanswered_error(answer)
         done = state is SourceState.DONE
         return Report(
             id=self.migration,
@@ -238,7 +238,8 @@ def _running(state: SourceState | None, source_alive: bool) -> str:
     return "source" if source_alive else "nowhere"
 
 
-def _unanswered(answer: GrantReply | None) -> MigrateError:
+def unanswered_error(answer: GrantReply | None) -> MigrateError:
+    """What a granted migration without a deciding answer reports; *answer* is the last one."""
     if answer is not None and answer.answer is Answer.OWNED_DEAD:
         return OwnedDead(f"the destination owned the process and it ended there: {answer.message}")
     return OwnerUnknown("the grant was sent and the destination has not answered")

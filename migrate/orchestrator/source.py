@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from migrate import faults
 from migrate.dataplane.sender import Sender
 from migrate.dataplane.stats import RoundStats
+from migrate.engine import procfs
 from migrate.engine.seam import CpuImage, Survey
 from migrate.errors import (
     Cancelled,
@@ -28,7 +29,7 @@ from migrate.kfd.process import Checkpointed, KfdCheckpoint, KfdProcess
 from migrate.model import GpuMap
 from migrate.orchestrator import convergence, preflight
 from migrate.orchestrator.convergence import Decision
-from migrate.orchestrator.figures import SourceFigures
+from migrate.orchestrator.figures import SourceFigures, unanswered_error
 from migrate.orchestrator.handover import (
     Answer,
     Prepared,
@@ -45,7 +46,7 @@ from migrate.orchestrator.plan import Activity, ObjectOrder, Options, RestoreOrd
 from migrate.orchestrator.rings import pending_packets
 from migrate.orchestrator.source_handover import SourceSide, note_pausing, note_unpaused, refusal
 from migrate.report import Report
-from migrate.status import SourceState, Status
+from migrate.status import Owner, SourceState, Status
 
 ENDING = 5.0  # seconds that a killed process may take to be gone
 SenderFactory = Callable[[str, Reservation, Options], Sender]
@@ -143,10 +144,12 @@ class SourceMigration:
         """The report as things stand; the last one, if the journal did not take it."""
         if self._report is not None:
             return self._report
+        granted = self.side.machine.state is SourceState.GRANTED
+        unanswered = granted and self.narrator.owner is Owner.UNKNOWN
         return self.figures.report(
             self.side.machine.state,
             self.side.answer,
-            None,
+            unanswered_error(self.side.heard) if unanswered else None,
             self.host.engine.is_alive(self.process),
             self.host.peak_memory(),
             ended=False,
@@ -187,7 +190,7 @@ class SourceMigration:
         if self.cancel.is_set() and not isinstance(error, Cancelled):
             return Cancelled("the migration was aborted")
         gone = not self.host.engine.is_alive(self.process)
-        if isinstance(error, NoSuchProcess) and not gone:
+        if not gone and (isinstance(error, NoSuchProcess) or procfs.is_ending(self.process)):
             gone = self._wait_gone()
         granted = self.side.machine.state in (SourceState.GRANTED, SourceState.RELEASING)
         if gone and not granted and not isinstance(error, ProcessExited):

@@ -106,6 +106,7 @@ class SourceSide:
         self.cancel = cancel
         self.answer: GrantReply | None = None
         self.answered_at = 0.0  # monotonic seconds
+        self.heard: GrantReply | None = None  # the last answer, whether it moved us or not
         self.lock = self.clock.lock()  # one event at a time
         self._deciding = self.clock.lock()  # an abort and GRANTED exclude each other
         self._resolution: Resolved | None = None
@@ -259,6 +260,7 @@ class SourceSide:
             except MigrateError as error:
                 why = str(error)
             else:
+                self.heard = reply
                 event = Answered(answer=reply.answer, store_id=reply.store_id, token=token)
                 if self.machine.on(event):
                     self.answer, self.answered_at = reply, self.clock.monotonic()

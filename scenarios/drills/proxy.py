@@ -135,6 +135,9 @@ class Proxy:
 
 def free_port() -> int:
     """A port of loopback that nobody listens at now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+    # Below the range that outgoing connections take theirs from: it stays free while an agent
+    # is away.
+    while True:
+        port = random.randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port

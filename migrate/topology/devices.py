@@ -1,10 +1,11 @@
 """The device cgroup that makes KFD show a process just the mapped GPUs.
 
 KFD asks ``devcgroup_check_permission`` for each GPU's render node (kfd_priv.h) when a
-process opens /dev/kfd, when it reads the topology, and when RESTORE counts the GPUs: the
-filter has to hold before /dev/kfd is opened. On cgroup v2 that is a BPF program of type
-CGROUP_DEVICE attached to the process's cgroup; it can only take away what other filters
-above it leave. Loading one needs root (CAP_BPF and CAP_NET_ADMIN, or CAP_SYS_ADMIN).
+process opens /dev/kfd, which decides the GPUs that it has and that RESTORE demands, and
+when it reads the topology: the filter has to hold before /dev/kfd is opened. On cgroup v2
+that is a BPF program of type CGROUP_DEVICE attached to the process's cgroup; it can only
+take away what other filters above it leave. Loading one needs root (CAP_BPF and
+CAP_NET_ADMIN, or CAP_SYS_ADMIN).
 """
 
 from __future__ import annotations

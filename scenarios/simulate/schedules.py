@@ -52,14 +52,12 @@ class Totals:
 class Runner:
     """Runs schedules one after another in this process."""
 
-    def __init__(self, mutation: str = "") -> None:
+    def __init__(self, mutation: str = "", parent: str | None = None) -> None:
         logging.disable(logging.CRITICAL)  # the story is told by the simulation
         if mutation:
             MUTATIONS[mutation]()
         self._scheduler = Scheduler()
-        self._folder = tempfile.TemporaryDirectory(
-            prefix="simulate-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        )
+        self._folder = tempfile.TemporaryDirectory(prefix="simulate-", dir=parent or _memory())
 
     def run(self, seed: int) -> Outcome:
         """One schedule."""
@@ -86,9 +84,13 @@ def runner(mutation: str = "") -> Iterator[Runner]:
 _mine: Runner | None = None
 
 
-def _begin(mutation: str) -> None:
+def _memory() -> Path | None:
+    return SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+
+
+def _begin(mutation: str, parent: str) -> None:
     global _mine  # noqa: PLW0603 - one of each worker process
-    _mine = Runner(mutation)
+    _mine = Runner(mutation, parent)
 
 
 def _batch(seeds: range) -> list[Outcome]:
@@ -116,7 +118,13 @@ def run_all(
     batches = [range(at, min(at + batch, end)) for at in range(seed, end, batch)]
     context = multiprocessing.get_context("spawn")
     count = min(workers or os.cpu_count() or 1, len(batches))
-    with context.Pool(count, initializer=_begin, initargs=(mutation,)) as pool:
+    # Workers end by a signal and leave their files: the folder of all is ours to remove.
+    with (
+        tempfile.TemporaryDirectory(
+            prefix="simulate-", dir=_memory(), ignore_cleanup_errors=True
+        ) as parent,
+        context.Pool(count, initializer=_begin, initargs=(mutation, parent)) as pool,
+    ):
         for outcomes in pool.imap(_batch, batches):
             for outcome in outcomes:
                 totals.add(outcome)

@@ -108,12 +108,17 @@ class Sources:
         if request is None:
             return None
         state = self._state(migration)
-        if state is not None and state.state in ENDED_STATES:
-            return None
         machine = SourceHandover(SourceState.SETUP)
         if state is not None:
             machine = SourceHandover(state.state, state.token, state.store_id)
-        return self._build(migration, request.decode(RequestRecord), machine)
+        ended = state is not None and state.state in ENDED_STATES
+        if ended and self._host.journal.last(migration, "report") is not None:
+            return None
+        built = self._build(migration, request.decode(RequestRecord), machine)
+        if ended:
+            built.conclude()
+            return None
+        return built
 
     def get(self, migration: str) -> SourceMigration:
         """A migration of this run of the agent. Raises UnknownMigration."""

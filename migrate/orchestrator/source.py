@@ -140,6 +140,12 @@ class SourceMigration:
         """An operator decides, who fenced the other host. Counts while the grant is unanswered."""
         self.side.resolve(resolution)
 
+    def conclude(self) -> Report:
+        """The report of a migration that ended, when its agent died before it was journaled."""
+        if self.side.machine.state is SourceState.ROLLED_BACK:
+            return self._finish(MigrationFailed("the source's agent died while it undid"))
+        return self._finish(None)
+
     def report_now(self) -> Report:
         """The report as things stand; the last one, if the journal did not take it."""
         if self._report is not None:

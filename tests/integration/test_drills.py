@@ -1,4 +1,4 @@
-"""Drills: a handful here, all of them as soak; their data files and their page."""
+"""Drills: their data files and their page; the drills themselves as soak."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def stages() -> Iterator[Stages]:
     found.leave()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", FEW)
 def test_a_drill(stages: Stages, name: str) -> None:
     (drill,) = [d for d in load() if d.name == name]

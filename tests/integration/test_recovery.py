@@ -32,6 +32,9 @@ from tests.integration.lookers import (
     wait_state,
 )
 
+# Agents killed with real processes, most of it waiting: too long for every run.
+pytestmark = pytest.mark.soak
+
 PACE = 0.05  # seconds between steps: the twin has to make as many
 
 

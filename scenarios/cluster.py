@@ -184,7 +184,8 @@ class Cluster:
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=subprocess.STDOUT if output == subprocess.PIPE else None,
+            # Not ours: a copy opens its files anew, and may not have the right to open ours.
+            stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         self._processes.append(process)

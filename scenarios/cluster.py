@@ -262,3 +262,11 @@ def wait_until(condition: object, timeout: float = 30.0, what: str = "the condit
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {timeout} s for {what}")
         time.sleep(0.02)
+
+
+def steps_logged(log: Path) -> int:
+    """Steps of a training job by its log, a line each; 0 while there is none."""
+    try:
+        return log.read_bytes().count(b"\n")
+    except OSError:
+        return 0

@@ -18,7 +18,7 @@ from migrate.model import Value
 from migrate.orchestrator.plan import Options
 from migrate.report import Report
 from migrate.status import Status
-from scenarios.cluster import Cluster, wait_until
+from scenarios.cluster import Cluster, steps_logged, wait_until
 
 SEED = 7
 RUN_TIMEOUT = 900.0  # seconds for a workload to end; it is killed only after that
@@ -109,7 +109,7 @@ def _migrated(
     )
     output.note(f"Workload on a: pid {workload.pid}, filling {vram >> 20} MiB of VRAM ...")
     wait_until(
-        lambda: _steps_done(log) >= max(1, int(steps * MOVE_AT)) or workload.poll() is not None,
+        lambda: steps_logged(log) >= max(1, int(steps * MOVE_AT)) or workload.poll() is not None,
         RUN_TIMEOUT,
         "the workload's first steps",
     )
@@ -117,7 +117,7 @@ def _migrated(
         raise MigrationFailed(f"the workload ended early with {workload.returncode}")
     hosts = inventory.load(cluster.inventory)
     migration = start(hosts, "a", "b", workload.pid, Options(), "")
-    output.note(f"Migration {migration} at step {_steps_done(log)}")
+    output.note(f"Migration {migration} at step {steps_logged(log)}")
     report = follow(hosts, "a", migration, output)
     if report.status is not Status.COMPLETED:
         return report, Result(digest="", steps=0, gpu_ids=()), False
@@ -139,13 +139,6 @@ def _twin(cluster: Cluster, vram: int, steps: int) -> Result:
     if not result.exists():
         raise MigrationFailed(f"the twin ended with {process.returncode} and no result")
     return msgspec.json.decode(result.read_bytes(), type=Result)
-
-
-def _steps_done(log: Path) -> int:
-    try:
-        return log.read_bytes().count(b"\n")
-    except OSError:
-        return 0
 
 
 def _show(output: Output, report: Report, verdict: Verdict | None) -> int:

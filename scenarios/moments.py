@@ -9,7 +9,6 @@ import argparse
 import json
 import random
 import sys
-from pathlib import Path
 
 import msgspec
 
@@ -20,7 +19,7 @@ from migrate.cli.run import start
 from migrate.model import Value
 from migrate.orchestrator.plan import Options
 from migrate.status import Status
-from scenarios.cluster import Cluster, wait_until
+from scenarios.cluster import Cluster, steps_logged, wait_until
 
 STEPS = 700
 VRAM = 16 << 20
@@ -87,7 +86,7 @@ def _start(cluster: Cluster, name: str) -> tuple[str, int]:
 def _one(cluster: Cluster, number: int, step: int) -> Moment:
     name, pid = _start(cluster, f"moment-{number}")
     log = cluster.folder / f"{name}.log"
-    wait_until(lambda: _lines(log) >= step, JOB_TIMEOUT, f"step {step}")
+    wait_until(lambda: steps_logged(log) >= step, JOB_TIMEOUT, f"step {step}")
     hosts = inventory.load(cluster.inventory)
     output = Output()
     report = follow(hosts, "a", start(hosts, "a", "b", pid, Options(max_rounds=1), ""), output)
@@ -105,13 +104,6 @@ def _result(cluster: Cluster, job: tuple[str, int]) -> str:
     wait_until(path.exists, JOB_TIMEOUT, f"the result of {job[0]}")
     digest: str = json.loads(path.read_text())["digest"]
     return digest
-
-
-def _lines(path: Path) -> int:
-    try:
-        return path.read_bytes().count(b"\n")
-    except OSError:
-        return 0
 
 
 def main() -> int:

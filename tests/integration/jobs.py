@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from migrate.report import Report
-from scenarios.cluster import Cluster, wait_until
+from scenarios.cluster import Cluster, steps_logged, wait_until
 
 STEPS = 800
 VRAM = 16 << 20
@@ -31,10 +31,7 @@ class Job:
 
     def steps(self) -> int:
         """Steps it has logged."""
-        try:
-            return self.log.read_bytes().count(b"\n")
-        except OSError:
-            return 0
+        return steps_logged(self.log)
 
     def wait_steps(self, count: int) -> None:
         """Wait until it has logged *count* steps."""

@@ -246,6 +246,62 @@ class ProcessExited(MigrateError):
     advice = "Nothing is left to migrate. See the process's own log for why it ended."
 
 
+class TcpEstablished(MigrateError):
+    """A TCP connection of the process is open: its address does not move."""
+
+    reason = "TCP_ESTABLISHED"
+    exit_code = 40
+    advice = "Let the process close its connections first, or let a proxy hold them."
+
+
+class IoUring(MigrateError):
+    """The process has an io_uring, whose state no engine can read."""
+
+    reason = "IO_URING"
+    exit_code = 41
+    advice = (
+        "Start the process with io_uring off (for Node.js UV_USE_IO_URING=0, for others see "
+        "their options)."
+    )
+
+
+class UnsupportedSocket(MigrateError):
+    """A socket of a kind, or with an other end, that can't be moved."""
+
+    reason = "UNSUPPORTED_SOCKET"
+    exit_code = 42
+    advice = "Let the process close it, or start the process without the feature that needs it."
+
+
+class DeviceFile(MigrateError):
+    """The process uses a device other than KFD, render nodes and what every host has."""
+
+    reason = "DEVICE_FILE"
+    exit_code = 43
+    advice = "Let the process close the device, or start it without the feature that needs it."
+
+
+class UnsupportedFile(MigrateError):
+    """An open file of a kind that can't be moved (perf events, KVM, userfaultfd and the like)."""
+
+    reason = "UNSUPPORTED_FILE"
+    exit_code = 44
+    advice = (
+        "Let the process close it: detach profilers, and start it without the feature that "
+        "needs it."
+    )
+
+
+class DeletedFile(MigrateError):
+    """A deleted file is still open and too large to be sent with the process."""
+
+    reason = "DELETED_FILE"
+    exit_code = 45
+    advice = (
+        "Let the process close it, or keep such files under a name that the destination has, too."
+    )
+
+
 # ---------------------------------------------------------------- the destination
 
 
@@ -295,6 +351,82 @@ class SameHost(MigrateError):
     reason = "SAME_HOST"
     exit_code = 55
     advice = "Name two different hosts."
+
+
+class FileMissing(MigrateError):
+    """The destination lacks a file or folder that the process has open or mapped."""
+
+    reason = "FILE_MISSING"
+    exit_code = 57
+    advice = (
+        "Bring the file there under the same path: by the same packages, a copy, or a shared "
+        "file system."
+    )
+
+
+class FileDiffers(MigrateError):
+    """A file that the process has open or mapped is another one at the destination."""
+
+    reason = "FILE_DIFFERS"
+    exit_code = 58
+    advice = "Make both alike: by the same packages, a copy, or a shared file system."
+
+
+class CpuFeatures(MigrateError):
+    """The destination's CPU lacks instructions that the process may use, or saves less of them."""
+
+    reason = "CPU_FEATURES"
+    exit_code = 59
+    advice = (
+        "Choose a destination with the same CPU generation, or the same CPU model in both "
+        "virtual machines."
+    )
+
+
+class UserMissing(MigrateError):
+    """A user or group of the process is not there, or another one, at the destination."""
+
+    reason = "USER_MISSING"
+    exit_code = 60
+    advice = "Create the same users and groups with the same numbers on both hosts."
+
+
+class LsmLabel(MigrateError):
+    """The destination can't give the process its security label."""
+
+    reason = "LSM_LABEL"
+    exit_code = 61
+    advice = "Load the same AppArmor profiles or SELinux policy on both hosts."
+
+
+class PidInUse(MigrateError):
+    """A pid or thread id of the process is taken at the destination."""
+
+    reason = "PID_IN_USE"
+    exit_code = 62
+    advice = (
+        "Wait until the process there has ended, choose another destination, or run jobs in pid "
+        "namespaces of their own."
+    )
+
+
+class DataPortUnreachable(MigrateError):
+    """The source can't reach the destination's data port."""
+
+    reason = "DATA_PORT_UNREACHABLE"
+    exit_code = 63
+    advice = (
+        "Open the port in the firewall, or set data_listen and data_advertise in the "
+        "destination's configuration."
+    )
+
+
+class InsufficientDisk(MigrateError):
+    """A file system that the migration writes to is too full."""
+
+    reason = "INSUFFICIENT_DISK"
+    exit_code = 64
+    advice = "Free space on the file system of the agent's run directory, then try again."
 
 
 # ---------------------------------------------------------------- on the way: source runs on

@@ -31,6 +31,8 @@ from migrate.errors import (
 )
 from migrate.kfd.file import find_kfd_fds
 from migrate.model import HostPaths, ProcessRef
+from migrate.preflight.collect import restarted
+from migrate.preflight.facts import Facts
 
 
 class ReexecEngine:
@@ -39,6 +41,7 @@ class ReexecEngine:
     name = "reexec"
 
     can_hide_gpus = False  # no root, so no device cgroup
+    ways_out: frozenset[str] = frozenset()  # it is in nobody's way: the command starts anew
 
     def __init__(self, paths: HostPaths, *, freeze_timeout: float = 10.0) -> None:
         self._paths = paths
@@ -82,6 +85,10 @@ class ReexecEngine:
                     text = f"its child {child} has {self._paths.kfd} open, too"
                     found.append(EngineUnsupported(f"process {process.pid}: {text}"))
         return [Blocker(reason=e.reason, message=e.message, advice=e.hint) for e in found]
+
+    def facts(self, process: ProcessRef) -> Facts:
+        """See ProcessEngine: what the command needs to be started again."""
+        return restarted(process.pid, self._paths)
 
     # ------------------------------------------------------------ source
 

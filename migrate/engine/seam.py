@@ -17,16 +17,13 @@ from typing import Protocol, TypeVar
 from migrate.dataplane.access import MemoryAccess
 from migrate.kfd.process import KfdProcess
 from migrate.model import ProcessRef, Value
+from migrate.preflight.facts import Facts
+from migrate.preflight.findings import Finding
 
 T = TypeVar("T", covariant=True)  # noqa: PLC0105 - users of the seam write Visitor[T]
 
 
-class Blocker(Value):
-    """Why a process can't be moved by an engine, as preflight sees it."""
-
-    reason: str
-    message: str
-    advice: str
+Blocker = Finding  # why a process can't be moved by an engine
 
 
 class Survey(Value):
@@ -92,9 +89,18 @@ class ProcessEngine(Protocol):
 
     name: str
     can_hide_gpus: bool  # whether restore() can show the copy only the mapped GPUs
+    ways_out: frozenset[str]  # which of migrate.preflight.findings.WAYS_OUT it can go
 
     def survey(self, pid: int) -> Survey:
         """Look at a process. Raises NoSuchProcess, NotKfdProcess, ForeignProcess."""
+
+    def facts(self, process: ProcessRef) -> Facts:
+        """What it does not move and the process needs at the destination, for preflight.
+
+        An engine that moves processes whole answers with ``migrate.preflight.collect``'s
+        ``whole_tree``. Stops and changes nothing. Raises NoSuchProcess, ForeignProcess,
+        PtraceDenied.
+        """
 
     # ------------------------------------------------------------ source
 

@@ -33,6 +33,7 @@ from migrate.kfd.file import KfdFile
 from migrate.kfd.privdata import PrivateData, encode
 from migrate.kfd.process import Checkpointed, KfdCheckpoint, KfdProcess, Restored, RestoreProof
 from migrate.model import ProcessRef
+from migrate.preflight.facts import Facts
 
 if TYPE_CHECKING:
     from scenarios.simulate.nodes import Agent, Node
@@ -149,6 +150,7 @@ class Engine:
 
     name = "reexec"
     can_hide_gpus = False
+    ways_out: frozenset[str] = frozenset()
 
     def __init__(self, node: Node, agent: Agent | None) -> None:
         self.node = node
@@ -196,6 +198,11 @@ class Engine:
         return Survey(
             process=copy.ref, command=("job",), uid=0, kfd_processes=(pid,), cpu_bytes=4096
         )
+
+    def facts(self, process: ProcessRef) -> Facts:
+        """See ProcessEngine. A simulated host has no files."""
+        del process
+        return Facts()
 
     def snapshot(self, process: ProcessRef, visit: Visitor[T]) -> T:
         """See ProcessEngine."""

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16migrate/v1/agent.proto\x12\nmigrate.v1\"\r\n\x0bInfoRequest\"\xf3\x01\n\tInfoReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x10\n\x08store_id\x18\x04 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x10\n\x08topology\x18\x06 \x01(\x0c\x12\x36\n\tfree_vram\x18\x07 \x03(\x0b\x32#.migrate.v1.InfoReply.FreeVramEntry\x12\x18\n\x10\x61vailable_memory\x18\x08 \x01(\x04\x1a/\n\rFreeVramEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x16\n\x14ListProcessesRequest\"\'\n\x12ListProcessesReply\x12\x11\n\tprocesses\x18\x01 \x01(\x0c\"u\n\nRunRequest\x12\x0b\n\x03pid\x18\x01 \x01(\x04\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\x1b\n\x13\x64\x65stination_address\x18\x03 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x04 \x01(\t\x12\x0f\n\x07options\x18\x05 \x01(\x0c\"\x16\n\x08RunReply\x12\n\n\x02id\x18\x01 \x01(\t\"1\n\x0cWatchRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rfrom_sequence\x18\x02 \x01(\x04\"\x16\n\x05\x45vent\x12\r\n\x05\x65vent\x18\x01 \x01(\x0c\"\x19\n\x0bShowRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1b\n\tShowReply\x12\x0e\n\x06report\x18\x01 \x01(\x0c\"\x1c\n\x0bListRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"\x1c\n\tListReply\x12\x0f\n\x07reports\x18\x01 \x01(\x0c\"\x1a\n\x0c\x41\x62ortRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\xa3\x01\n\nAbortReply\x12/\n\x07outcome\x18\x01 \x01(\x0e\x32\x1e.migrate.v1.AbortReply.Outcome\x12\x0f\n\x07message\x18\x02 \x01(\t\"S\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x0e\n\nCANCELLING\x10\x01\x12\x11\n\rALREADY_ENDED\x10\x02\x12\x0c\n\x08TOO_LATE\x10\x03\";\n\x0eResolveRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x65nced\x18\x03 \x01(\t\"\x1f\n\x0cResolveReply\x12\x0f\n\x07message\x18\x01 \x01(\t2\xeb\x03\n\x05\x41gent\x12\x36\n\x04Info\x12\x17.migrate.v1.InfoRequest\x1a\x15.migrate.v1.InfoReply\x12Q\n\rListProcesses\x12 .migrate.v1.ListProcessesRequest\x1a\x1e.migrate.v1.ListProcessesReply\x12\x33\n\x03Run\x12\x16.migrate.v1.RunRequest\x1a\x14.migrate.v1.RunReply\x12\x36\n\x05Watch\x12\x18.migrate.v1.WatchRequest\x1a\x11.migrate.v1.Event0\x01\x12\x36\n\x04Show\x12\x17.migrate.v1.ShowRequest\x1a\x15.migrate.v1.ShowReply\x12\x36\n\x04List\x12\x17.migrate.v1.ListRequest\x1a\x15.migrate.v1.ListReply\x12\x39\n\x05\x41\x62ort\x12\x18.migrate.v1.AbortRequest\x1a\x16.migrate.v1.AbortReply\x12?\n\x07Resolve\x12\x1a.migrate.v1.ResolveRequest\x1a\x18.migrate.v1.ResolveReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16migrate/v1/agent.proto\x12\nmigrate.v1\"\r\n\x0bInfoRequest\"\xf3\x01\n\tInfoReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x10\n\x08store_id\x18\x04 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x05 \x01(\t\x12\x10\n\x08topology\x18\x06 \x01(\x0c\x12\x36\n\tfree_vram\x18\x07 \x03(\x0b\x32#.migrate.v1.InfoReply.FreeVramEntry\x12\x18\n\x10\x61vailable_memory\x18\x08 \x01(\x04\x1a/\n\rFreeVramEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x16\n\x14ListProcessesRequest\"\'\n\x12ListProcessesReply\x12\x11\n\tprocesses\x18\x01 \x01(\x0c\"u\n\nRunRequest\x12\x0b\n\x03pid\x18\x01 \x01(\x04\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\x1b\n\x13\x64\x65stination_address\x18\x03 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x04 \x01(\t\x12\x0f\n\x07options\x18\x05 \x01(\x0c\"\x16\n\x08RunReply\x12\n\n\x02id\x18\x01 \x01(\t\"^\n\x0c\x43heckRequest\x12\x0b\n\x03pid\x18\x01 \x01(\x04\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\x1b\n\x13\x64\x65stination_address\x18\x03 \x01(\t\x12\x0f\n\x07options\x18\x04 \x01(\x0c\"\x1b\n\nCheckReply\x12\r\n\x05\x63heck\x18\x01 \x01(\x0c\"1\n\x0cWatchRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rfrom_sequence\x18\x02 \x01(\x04\"\x16\n\x05\x45vent\x12\r\n\x05\x65vent\x18\x01 \x01(\x0c\"\x19\n\x0bShowRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1b\n\tShowReply\x12\x0e\n\x06report\x18\x01 \x01(\x0c\"\x1c\n\x0bListRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"\x1c\n\tListReply\x12\x0f\n\x07reports\x18\x01 \x01(\x0c\"\x1a\n\x0c\x41\x62ortRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\xa3\x01\n\nAbortReply\x12/\n\x07outcome\x18\x01 \x01(\x0e\x32\x1e.migrate.v1.AbortReply.Outcome\x12\x0f\n\x07message\x18\x02 \x01(\t\"S\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x0e\n\nCANCELLING\x10\x01\x12\x11\n\rALREADY_ENDED\x10\x02\x12\x0c\n\x08TOO_LATE\x10\x03\";\n\x0eResolveRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x65nced\x18\x03 \x01(\t\"\x1f\n\x0cResolveReply\x12\x0f\n\x07message\x18\x01 \x01(\t2\xa6\x04\n\x05\x41gent\x12\x36\n\x04Info\x12\x17.migrate.v1.InfoRequest\x1a\x15.migrate.v1.InfoReply\x12Q\n\rListProcesses\x12 .migrate.v1.ListProcessesRequest\x1a\x1e.migrate.v1.ListProcessesReply\x12\x39\n\x05\x43heck\x12\x18.migrate.v1.CheckRequest\x1a\x16.migrate.v1.CheckReply\x12\x33\n\x03Run\x12\x16.migrate.v1.RunRequest\x1a\x14.migrate.v1.RunReply\x12\x36\n\x05Watch\x12\x18.migrate.v1.WatchRequest\x1a\x11.migrate.v1.Event0\x01\x12\x36\n\x04Show\x12\x17.migrate.v1.ShowRequest\x1a\x15.migrate.v1.ShowReply\x12\x36\n\x04List\x12\x17.migrate.v1.ListRequest\x1a\x15.migrate.v1.ListReply\x12\x39\n\x05\x41\x62ort\x12\x18.migrate.v1.AbortRequest\x1a\x16.migrate.v1.AbortReply\x12?\n\x07Resolve\x12\x1a.migrate.v1.ResolveRequest\x1a\x18.migrate.v1.ResolveReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,28 +47,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNREQUEST']._serialized_end=481
   _globals['_RUNREPLY']._serialized_start=483
   _globals['_RUNREPLY']._serialized_end=505
-  _globals['_WATCHREQUEST']._serialized_start=507
-  _globals['_WATCHREQUEST']._serialized_end=556
-  _globals['_EVENT']._serialized_start=558
-  _globals['_EVENT']._serialized_end=580
-  _globals['_SHOWREQUEST']._serialized_start=582
-  _globals['_SHOWREQUEST']._serialized_end=607
-  _globals['_SHOWREPLY']._serialized_start=609
-  _globals['_SHOWREPLY']._serialized_end=636
-  _globals['_LISTREQUEST']._serialized_start=638
-  _globals['_LISTREQUEST']._serialized_end=666
-  _globals['_LISTREPLY']._serialized_start=668
-  _globals['_LISTREPLY']._serialized_end=696
-  _globals['_ABORTREQUEST']._serialized_start=698
-  _globals['_ABORTREQUEST']._serialized_end=724
-  _globals['_ABORTREPLY']._serialized_start=727
-  _globals['_ABORTREPLY']._serialized_end=890
-  _globals['_ABORTREPLY_OUTCOME']._serialized_start=807
-  _globals['_ABORTREPLY_OUTCOME']._serialized_end=890
-  _globals['_RESOLVEREQUEST']._serialized_start=892
-  _globals['_RESOLVEREQUEST']._serialized_end=951
-  _globals['_RESOLVEREPLY']._serialized_start=953
-  _globals['_RESOLVEREPLY']._serialized_end=984
-  _globals['_AGENT']._serialized_start=987
-  _globals['_AGENT']._serialized_end=1478
+  _globals['_CHECKREQUEST']._serialized_start=507
+  _globals['_CHECKREQUEST']._serialized_end=601
+  _globals['_CHECKREPLY']._serialized_start=603
+  _globals['_CHECKREPLY']._serialized_end=630
+  _globals['_WATCHREQUEST']._serialized_start=632
+  _globals['_WATCHREQUEST']._serialized_end=681
+  _globals['_EVENT']._serialized_start=683
+  _globals['_EVENT']._serialized_end=705
+  _globals['_SHOWREQUEST']._serialized_start=707
+  _globals['_SHOWREQUEST']._serialized_end=732
+  _globals['_SHOWREPLY']._serialized_start=734
+  _globals['_SHOWREPLY']._serialized_end=761
+  _globals['_LISTREQUEST']._serialized_start=763
+  _globals['_LISTREQUEST']._serialized_end=791
+  _globals['_LISTREPLY']._serialized_start=793
+  _globals['_LISTREPLY']._serialized_end=821
+  _globals['_ABORTREQUEST']._serialized_start=823
+  _globals['_ABORTREQUEST']._serialized_end=849
+  _globals['_ABORTREPLY']._serialized_start=852
+  _globals['_ABORTREPLY']._serialized_end=1015
+  _globals['_ABORTREPLY_OUTCOME']._serialized_start=932
+  _globals['_ABORTREPLY_OUTCOME']._serialized_end=1015
+  _globals['_RESOLVEREQUEST']._serialized_start=1017
+  _globals['_RESOLVEREQUEST']._serialized_end=1076
+  _globals['_RESOLVEREPLY']._serialized_start=1078
+  _globals['_RESOLVEREPLY']._serialized_end=1109
+  _globals['_AGENT']._serialized_start=1112
+  _globals['_AGENT']._serialized_end=1662
 # @@protoc_insertion_point(module_scope)

@@ -68,6 +68,24 @@ class RunReply(_message.Message):
     id: str
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
+class CheckRequest(_message.Message):
+    __slots__ = ("pid", "destination", "destination_address", "options")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    DESTINATION_FIELD_NUMBER: _ClassVar[int]
+    DESTINATION_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    destination: str
+    destination_address: str
+    options: bytes
+    def __init__(self, pid: _Optional[int] = ..., destination: _Optional[str] = ..., destination_address: _Optional[str] = ..., options: _Optional[bytes] = ...) -> None: ...
+
+class CheckReply(_message.Message):
+    __slots__ = ("check",)
+    CHECK_FIELD_NUMBER: _ClassVar[int]
+    check: bytes
+    def __init__(self, check: _Optional[bytes] = ...) -> None: ...
+
 class WatchRequest(_message.Message):
     __slots__ = ("id", "from_sequence")
     ID_FIELD_NUMBER: _ClassVar[int]

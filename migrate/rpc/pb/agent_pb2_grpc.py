@@ -44,6 +44,11 @@ class AgentStub:
                 request_serializer=migrate_dot_v1_dot_agent__pb2.ListProcessesRequest.SerializeToString,
                 response_deserializer=migrate_dot_v1_dot_agent__pb2.ListProcessesReply.FromString,
                 _registered_method=True)
+        self.Check = channel.unary_unary(
+                '/migrate.v1.Agent/Check',
+                request_serializer=migrate_dot_v1_dot_agent__pb2.CheckRequest.SerializeToString,
+                response_deserializer=migrate_dot_v1_dot_agent__pb2.CheckReply.FromString,
+                _registered_method=True)
         self.Run = channel.unary_unary(
                 '/migrate.v1.Agent/Run',
                 request_serializer=migrate_dot_v1_dot_agent__pb2.RunRequest.SerializeToString,
@@ -88,6 +93,13 @@ class AgentServicer:
 
     def ListProcesses(self, request, context):
         """The processes that use KFD on this host.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Check(self, request, context):
+        """Everything that speaks against a migration, and what it would cost. Starts nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,6 +158,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.ListProcesses,
                     request_deserializer=migrate_dot_v1_dot_agent__pb2.ListProcessesRequest.FromString,
                     response_serializer=migrate_dot_v1_dot_agent__pb2.ListProcessesReply.SerializeToString,
+            ),
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=migrate_dot_v1_dot_agent__pb2.CheckRequest.FromString,
+                    response_serializer=migrate_dot_v1_dot_agent__pb2.CheckReply.SerializeToString,
             ),
             'Run': grpc.unary_unary_rpc_method_handler(
                     servicer.Run,
@@ -232,6 +249,33 @@ class Agent:
             '/migrate.v1.Agent/ListProcesses',
             migrate_dot_v1_dot_agent__pb2.ListProcessesRequest.SerializeToString,
             migrate_dot_v1_dot_agent__pb2.ListProcessesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrate.v1.Agent/Check',
+            migrate_dot_v1_dot_agent__pb2.CheckRequest.SerializeToString,
+            migrate_dot_v1_dot_agent__pb2.CheckReply.FromString,
             options,
             channel_credentials,
             insecure,

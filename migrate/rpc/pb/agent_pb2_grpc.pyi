@@ -9,6 +9,7 @@ class AgentStub:
     def __init__(self, channel: grpc.Channel): ...
     Info: grpc.UnaryUnaryMultiCallable[agent_pb2.InfoRequest, agent_pb2.InfoReply]
     ListProcesses: grpc.UnaryUnaryMultiCallable[agent_pb2.ListProcessesRequest, agent_pb2.ListProcessesReply]
+    Check: grpc.UnaryUnaryMultiCallable[agent_pb2.CheckRequest, agent_pb2.CheckReply]
     Run: grpc.UnaryUnaryMultiCallable[agent_pb2.RunRequest, agent_pb2.RunReply]
     Watch: grpc.UnaryStreamMultiCallable[agent_pb2.WatchRequest, agent_pb2.Event]
     Show: grpc.UnaryUnaryMultiCallable[agent_pb2.ShowRequest, agent_pb2.ShowReply]
@@ -23,6 +24,9 @@ class AgentServicer:
     def ListProcesses(
         self, request: agent_pb2.ListProcessesRequest, context: grpc.ServicerContext
     ) -> agent_pb2.ListProcessesReply: ...
+    def Check(
+        self, request: agent_pb2.CheckRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.CheckReply: ...
     def Run(
         self, request: agent_pb2.RunRequest, context: grpc.ServicerContext
     ) -> agent_pb2.RunReply: ...

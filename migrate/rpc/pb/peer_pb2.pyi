@@ -29,6 +29,42 @@ class ReserveRequest(_message.Message):
     options: bytes
     def __init__(self, protocol: _Optional[int] = ..., migration: _Optional[str] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_store_id: _Optional[str] = ..., engine: _Optional[str] = ..., needs: _Optional[bytes] = ..., topology: _Optional[bytes] = ..., options: _Optional[bytes] = ...) -> None: ...
 
+class ExamineRequest(_message.Message):
+    __slots__ = ("protocol", "engine", "needs", "topology", "options", "facts", "sample")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    NEEDS_FIELD_NUMBER: _ClassVar[int]
+    TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    FACTS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    engine: str
+    needs: bytes
+    topology: bytes
+    options: bytes
+    facts: bytes
+    sample: int
+    def __init__(self, protocol: _Optional[int] = ..., engine: _Optional[str] = ..., needs: _Optional[bytes] = ..., topology: _Optional[bytes] = ..., options: _Optional[bytes] = ..., facts: _Optional[bytes] = ..., sample: _Optional[int] = ...) -> None: ...
+
+class ExamineReply(_message.Message):
+    __slots__ = ("findings", "gpu_map", "clock", "data_host", "data_port", "session_id", "session_secret")
+    FINDINGS_FIELD_NUMBER: _ClassVar[int]
+    GPU_MAP_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
+    DATA_HOST_FIELD_NUMBER: _ClassVar[int]
+    DATA_PORT_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_SECRET_FIELD_NUMBER: _ClassVar[int]
+    findings: bytes
+    gpu_map: bytes
+    clock: float
+    data_host: str
+    data_port: int
+    session_id: bytes
+    session_secret: bytes
+    def __init__(self, findings: _Optional[bytes] = ..., gpu_map: _Optional[bytes] = ..., clock: _Optional[float] = ..., data_host: _Optional[str] = ..., data_port: _Optional[int] = ..., session_id: _Optional[bytes] = ..., session_secret: _Optional[bytes] = ...) -> None: ...
+
 class ReserveReply(_message.Message):
     __slots__ = ("store_id", "gpu_map", "data_host", "data_port", "session_id", "session_secret")
     STORE_ID_FIELD_NUMBER: _ClassVar[int]

@@ -34,6 +34,11 @@ class PeerStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Examine = channel.unary_unary(
+                '/migrate.v1.Peer/Examine',
+                request_serializer=migrate_dot_v1_dot_peer__pb2.ExamineRequest.SerializeToString,
+                response_deserializer=migrate_dot_v1_dot_peer__pb2.ExamineReply.FromString,
+                _registered_method=True)
         self.Reserve = channel.unary_unary(
                 '/migrate.v1.Peer/Reserve',
                 request_serializer=migrate_dot_v1_dot_peer__pb2.ReserveRequest.SerializeToString,
@@ -63,6 +68,14 @@ class PeerStub:
 
 class PeerServicer:
     """Missing associated documentation comment in .proto file."""
+
+    def Examine(self, request, context):
+        """Preflight: what speaks against it over there, all at once. Reserves nothing, but for a
+        data session that a sample of the memory may be sent to, and that ends by itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def Reserve(self, request, context):
         """Missing associated documentation comment in .proto file."""
@@ -99,6 +112,11 @@ class PeerServicer:
 
 def add_PeerServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Examine': grpc.unary_unary_rpc_method_handler(
+                    servicer.Examine,
+                    request_deserializer=migrate_dot_v1_dot_peer__pb2.ExamineRequest.FromString,
+                    response_serializer=migrate_dot_v1_dot_peer__pb2.ExamineReply.SerializeToString,
+            ),
             'Reserve': grpc.unary_unary_rpc_method_handler(
                     servicer.Reserve,
                     request_deserializer=migrate_dot_v1_dot_peer__pb2.ReserveRequest.FromString,
@@ -134,6 +152,33 @@ def add_PeerServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Peer:
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Examine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrate.v1.Peer/Examine',
+            migrate_dot_v1_dot_peer__pb2.ExamineRequest.SerializeToString,
+            migrate_dot_v1_dot_peer__pb2.ExamineReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Reserve(request,

@@ -7,6 +7,7 @@ from migrate.rpc.pb import peer_pb2
 
 class PeerStub:
     def __init__(self, channel: grpc.Channel): ...
+    Examine: grpc.UnaryUnaryMultiCallable[peer_pb2.ExamineRequest, peer_pb2.ExamineReply]
     Reserve: grpc.UnaryUnaryMultiCallable[peer_pb2.ReserveRequest, peer_pb2.ReserveReply]
     Restore: grpc.UnaryUnaryMultiCallable[peer_pb2.RestoreRequest, peer_pb2.RestoreReply]
     Grant: grpc.UnaryUnaryMultiCallable[peer_pb2.GrantRequest, peer_pb2.GrantReply]
@@ -14,6 +15,9 @@ class PeerStub:
     Query: grpc.UnaryUnaryMultiCallable[peer_pb2.QueryRequest, peer_pb2.QueryReply]
 
 class PeerServicer:
+    def Examine(
+        self, request: peer_pb2.ExamineRequest, context: grpc.ServicerContext
+    ) -> peer_pb2.ExamineReply: ...
     def Reserve(
         self, request: peer_pb2.ReserveRequest, context: grpc.ServicerContext
     ) -> peer_pb2.ReserveReply: ...

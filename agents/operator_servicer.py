@@ -52,6 +52,7 @@ class OperatorServicer(agent_pb2_grpc.AgentServicer):
             topology=msgspec.json.encode(self._host.topology()),
             free_vram=self._host.free_vram(),
             available_memory=available_memory(),
+            hides_gpus=self._host.engine.can_hide_gpus,
         )
 
     @answers_errors
@@ -80,6 +81,7 @@ class OperatorServicer(agent_pb2_grpc.AgentServicer):
             request.destination_address,
             parsed(request.options or b"{}", Options),
             request.idempotency_key,
+            request.start_time,
         )
         return agent_pb2.RunReply(id=migration)
 

@@ -10,7 +10,7 @@ from migrate import faults
 from migrate.dataplane.channel import Channel, connect_tcp
 from migrate.dataplane.sender import Sender
 from migrate.engine.seam import Survey
-from migrate.errors import AgentBusy, MigrateError, SameHost, UnknownMigration
+from migrate.errors import AgentBusy, MigrateError, NoSuchProcess, SameHost, UnknownMigration
 from migrate.model import Value
 from migrate.orchestrator.clock import Thread
 from migrate.orchestrator.handover import SourceHandover
@@ -51,9 +51,18 @@ class Sources:
         self._live: dict[str, SourceMigration] = {}
         self._threads: dict[str, Thread] = {}
 
-    def start(self, pid: int, destination: str, address: str, options: Options, key: str) -> str:
+    def start(
+        self,
+        pid: int,
+        destination: str,
+        address: str,
+        options: Options,
+        key: str,
+        start_time: int = 0,
+    ) -> str:
         """Begin a migration; the id of the one begun before for the same *key*.
 
+        *start_time*: that of the process that is meant (see ProcessRef), 0 for any.
         Raises NoSuchProcess, NotKfdProcess, AgentBusy, SameHost, JournalUnusable and what
         the engine's survey raises.
         """
@@ -65,6 +74,8 @@ class Sources:
             if destination == self._host.name:
                 raise SameHost(f"{destination} is both source and destination")
             survey = self._host.engine.survey(pid)
+            if start_time and survey.process.start_time != start_time:
+                raise NoSuchProcess(f"pid {pid} is another process by now")
             for other in self._live.values():
                 if other.process == survey.process and other.id in self._running():
                     raise AgentBusy(f"process {pid} is being migrated already: {other.id}")

@@ -155,6 +155,14 @@ class UnknownMigration(MigrateError):
     advice = "Give the whole id, and the host that drove it."
 
 
+class StillRunning(MigrateError):
+    """A wait was over before the migration was."""
+
+    reason = "STILL_RUNNING"
+    exit_code = 19
+    advice = "It goes on by itself. `migrate watch ID` follows, `migrate abort ID` cancels."
+
+
 # ---------------------------------------------------------------- the process
 
 
@@ -429,6 +437,14 @@ class InsufficientDisk(MigrateError):
     advice = "Free space on the file system of the agent's run directory, then try again."
 
 
+class NoPlacement(MigrateError):
+    """A drain finds no host for at least one process."""
+
+    reason = "NO_PLACEMENT"
+    exit_code = 56
+    advice = "Give more hosts to --to, or free VRAM there; each process's reasons are listed."
+
+
 # ---------------------------------------------------------------- on the way: source runs on
 
 
@@ -541,6 +557,22 @@ class BrokenPrivateData(MigrationFailed):
         "The source's kernel has a layout that this release does not know, or the peer sent"
         " nonsense. Update migrate on both hosts; if that does not help, report it."
     )
+
+
+class DrainIncomplete(MigrationFailed):
+    """A drain moved not all processes; those that it did not move run on at the source."""
+
+    reason = "DRAIN_INCOMPLETE"
+    exit_code = 83
+    advice = "See each process's reason, mend it, and give the same command again."
+
+
+class DrainPaused(MigrationFailed):
+    """A drain stopped itself, because one migration after another failed."""
+
+    reason = "DRAIN_PAUSED"
+    exit_code = 84
+    advice = "Find out what the failures have in common, then give the same command again."
 
 
 # ---------------------------------------------------------------- needs an operator

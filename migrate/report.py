@@ -175,7 +175,11 @@ class Event(Value):
 
 
 class ProcessRow(Value):
-    """One process of ``migrate ps``. ``vram`` is bytes by actual gpu_id."""
+    """One process of ``migrate ps``. ``vram`` is bytes by actual gpu_id, of each GPU it sees.
+
+    ``start_time`` is field 22 of /proc/PID/stat and ``boot_id`` the kernel's: with the pid
+    they tell a process from every other one, for idempotency keys.
+    """
 
     pid: int
     command: str
@@ -183,3 +187,5 @@ class ProcessRow(Value):
     vram: dict[int, int]
     queues: int
     migration: str | None = None
+    start_time: int = 0
+    boot_id: str = ""

@@ -7,59 +7,33 @@ import time
 from collections.abc import Iterator
 
 import click
-import msgspec
 
-from migrate.cli.client import agent
 from migrate.cli.output import Output
 from migrate.cli.progress import progress
-from migrate.errors import AgentUnreachable, Interrupted, MigrateError, UnknownMigration
+from migrate.client import CALL, Client
+from migrate.errors import Interrupted, MigrateError
 from migrate.inventory import Inventory
 from migrate.report import Event, Report
-from migrate.rpc.pb.agent_pb2 import AbortReply, AbortRequest, ShowRequest, WatchRequest
+from migrate.rpc.pb.agent_pb2 import AbortReply
 from migrate.status import ENDED, Owner
-
-RECONNECT = 30.0  # seconds that an agent may be away while we watch
-CALL = 10.0  # seconds for a call that only looks
 
 
 def events(inventory: Inventory, host: str, migration: str) -> Iterator[Event]:
-    """Events until the end. An agent that comes back within RECONNECT is followed on.
-
-    Raises AgentUnreachable, UnknownMigration.
-    """
-    deadline: float | None = None
-    while True:
-        try:
-            with agent(inventory, host) as stub:
-                for message in stub.Watch(WatchRequest(id=migration)):
-                    deadline = None
-                    event = msgspec.json.decode(message.event, type=Event)
-                    yield event
-                    if event.ended:
-                        return
-        except AgentUnreachable:
-            if deadline is None:
-                deadline = time.monotonic() + RECONNECT
-            elif time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
-        except UnknownMigration:
-            # Ended before the agent's restart: the journal has the report, no events.
-            report(inventory, host, migration)
-            return
+    """Events until the end. Raises AgentUnreachable, UnknownMigration."""
+    with Client(inventory) as client:
+        yield from client.watch(host, migration)
 
 
 def report(inventory: Inventory, host: str, migration: str) -> Report:
     """The report as things stand."""
-    with agent(inventory, host) as stub:
-        reply = stub.Show(ShowRequest(id=migration), timeout=CALL)
-    return msgspec.json.decode(reply.report, type=Report)
+    with Client(inventory) as client:
+        return client.show(host, migration)
 
 
 def abort(inventory: Inventory, host: str, migration: str) -> AbortReply:
     """Ask for an abort."""
-    with agent(inventory, host) as stub:
-        return stub.Abort(AbortRequest(id=migration), timeout=CALL)
+    with Client(inventory) as client:
+        return client.abort(host, migration)
 
 
 def follow(inventory: Inventory, host: str, migration: str, output: Output) -> Report:

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import click
 import msgspec
 
-from migrate.cli.client import agent
 from migrate.cli.output import Output, error_document, size
 from migrate.cli.settings import Settings
+from migrate.client import agent
 from migrate.errors import MigrateError, ProtocolMismatch
 from migrate.inventory import Host, Inventory
 from migrate.model import Value

@@ -35,6 +35,8 @@ COMMANDS: dict[str, Entry] = {
     "run": Entry("migrate.cli.run:run_command", "Move a running process to another host."),
     "hosts": Entry("migrate.cli.hosts:hosts_command", "List the hosts and their agents."),
     "ps": Entry("migrate.cli.ps:ps_command", "List a host's GPU processes."),
+    "drain": Entry("migrate.cli.drain:drain_command", "Move every GPU process off a host."),
+    "history": Entry("migrate.cli.history:history_command", "List past migrations."),
     "show": Entry("migrate.cli.show:show_command", "Show the report of a migration."),
     "watch": Entry("migrate.cli.watch:watch_command", "Follow a migration."),
     "abort": Entry("migrate.cli.abort:abort_command", "Cancel a migration."),

@@ -177,8 +177,7 @@ def _from_folder(name: str, pid: int | None) -> Machine:
 
 
 def _from_agent(inventory: Inventory, name: str, pid: int | None) -> Machine:
-    from migrate.cli.client import agent  # noqa: PLC0415  gRPC is slow to import
-    from migrate.cli.following import CALL  # noqa: PLC0415
+    from migrate.client import CALL, agent  # noqa: PLC0415  gRPC is slow to import
     from migrate.report import ProcessRow  # noqa: PLC0415
     from migrate.rpc.pb.agent_pb2 import InfoRequest, ListProcessesRequest  # noqa: PLC0415
 

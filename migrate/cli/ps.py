@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import click
-import msgspec
 
-from migrate.cli.client import agent
-from migrate.cli.following import CALL
 from migrate.cli.output import size
 from migrate.cli.settings import Settings
-from migrate.report import ProcessRow
-from migrate.rpc.pb.agent_pb2 import ListProcessesRequest
+from migrate.client import Client
 
 SCHEMA = "migrate.processes/1"
 
@@ -20,9 +16,8 @@ SCHEMA = "migrate.processes/1"
 @click.pass_obj
 def ps_command(settings: Settings, host: str) -> None:
     """List the processes of HOST that use KFD: VRAM, queues, migration under way."""
-    with agent(settings.inventory, host) as stub:
-        reply = stub.ListProcesses(ListProcessesRequest(), timeout=CALL)
-    rows = msgspec.json.decode(reply.processes, type=list[ProcessRow])
+    with Client(settings.inventory) as client:
+        rows = client.processes(host)
     if settings.output.json:
         settings.output.document({"schema": SCHEMA, "host": host, "processes": rows})
         return

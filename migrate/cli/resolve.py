@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from migrate.cli.client import agent
 from migrate.cli.settings import Settings
+from migrate.client import agent
 from migrate.errors import UnknownMigration, UsageError
 from migrate.inventory import Inventory
 from migrate.rpc.pb.agent_pb2 import ResolveReply, ResolveRequest

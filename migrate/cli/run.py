@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import secrets
-
 import click
-import msgspec
 
-from migrate.cli.client import agent
-from migrate.cli.following import CALL, follow
+from migrate.cli.following import follow
 from migrate.cli.output import Output
 from migrate.cli.reporting import render
 from migrate.cli.settings import Settings
+from migrate.client import Client
 from migrate.inventory import Inventory
 from migrate.orchestrator.plan import Options
 from migrate.report import Report
-from migrate.rpc.pb.agent_pb2 import RunRequest
 
 SCHEMA_STARTED = "migrate.started/1"
 
@@ -129,20 +125,8 @@ def start(
     inventory: Inventory, source: str, destination: str, pid: int, options: Options, key: str
 ) -> str:
     """Start a migration; its id. Raises MigrateError."""
-    target = inventory.host(destination)
-    with agent(inventory, source) as stub:
-        reply = stub.Run(
-            RunRequest(
-                pid=pid,
-                destination=target.name,
-                destination_address=target.address,
-                # A call that gRPC repeats on its own must not start a second one either.
-                idempotency_key=key or secrets.token_hex(16),
-                options=msgspec.json.encode(options),
-            ),
-            timeout=3 * CALL,
-        )
-    return str(reply.id)
+    with Client(inventory) as client:
+        return client.run(source, destination, pid, options=options, key=key)
 
 
 def finish(output: Output, report: Report) -> int:

@@ -13,8 +13,8 @@ import grpc
 import msgspec
 import pytest
 
-from migrate.cli.client import agent
 from migrate.cli.main import run
+from migrate.client import agent
 from migrate.errors import (
     AgentUnreachable,
     MigrateError,

@@ -12,7 +12,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InfoReply(_message.Message):
-    __slots__ = ("protocol", "version", "host", "store_id", "engine", "topology", "free_vram", "available_memory")
+    __slots__ = ("protocol", "version", "host", "store_id", "engine", "topology", "free_vram", "available_memory", "hides_gpus")
     class FreeVramEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class InfoReply(_message.Message):
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     FREE_VRAM_FIELD_NUMBER: _ClassVar[int]
     AVAILABLE_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    HIDES_GPUS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     version: str
     host: str
@@ -36,7 +37,8 @@ class InfoReply(_message.Message):
     topology: bytes
     free_vram: _containers.ScalarMap[int, int]
     available_memory: int
-    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., host: _Optional[str] = ..., store_id: _Optional[str] = ..., engine: _Optional[str] = ..., topology: _Optional[bytes] = ..., free_vram: _Optional[_Mapping[int, int]] = ..., available_memory: _Optional[int] = ...) -> None: ...
+    hides_gpus: bool
+    def __init__(self, protocol: _Optional[int] = ..., version: _Optional[str] = ..., host: _Optional[str] = ..., store_id: _Optional[str] = ..., engine: _Optional[str] = ..., topology: _Optional[bytes] = ..., free_vram: _Optional[_Mapping[int, int]] = ..., available_memory: _Optional[int] = ..., hides_gpus: _Optional[bool] = ...) -> None: ...
 
 class ListProcessesRequest(_message.Message):
     __slots__ = ()
@@ -49,18 +51,20 @@ class ListProcessesReply(_message.Message):
     def __init__(self, processes: _Optional[bytes] = ...) -> None: ...
 
 class RunRequest(_message.Message):
-    __slots__ = ("pid", "destination", "destination_address", "idempotency_key", "options")
+    __slots__ = ("pid", "destination", "destination_address", "idempotency_key", "options", "start_time")
     PID_FIELD_NUMBER: _ClassVar[int]
     DESTINATION_FIELD_NUMBER: _ClassVar[int]
     DESTINATION_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    START_TIME_FIELD_NUMBER: _ClassVar[int]
     pid: int
     destination: str
     destination_address: str
     idempotency_key: str
     options: bytes
-    def __init__(self, pid: _Optional[int] = ..., destination: _Optional[str] = ..., destination_address: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., options: _Optional[bytes] = ...) -> None: ...
+    start_time: int
+    def __init__(self, pid: _Optional[int] = ..., destination: _Optional[str] = ..., destination_address: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., options: _Optional[bytes] = ..., start_time: _Optional[int] = ...) -> None: ...
 
 class RunReply(_message.Message):
     __slots__ = ("id",)

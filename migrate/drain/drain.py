@@ -287,21 +287,22 @@ class Drain:
     def _start(self) -> None:
         now = self._clock.now()
         active = [t for t in self._tasks if t.migration and t.ended is None]
-        ready = [
-            t for t in self._tasks if not t.migration and t.ended is None and t.not_before <= now
-        ]
+        # A pid may stand there twice, as the process that was and the one that is.
+        ready: dict[int, _Task] = {}
+        for task in self._tasks:
+            if not task.migration and task.ended is None and task.not_before <= now:
+                ready.setdefault(task.member.pid, task)
         if not ready or not self._breaker.may_start(now, len(active)):
             return
         if not self._policy.room(self._source, "", [t.destination for t in active]):
             return
         try:
-            made = self._plan(ready, active)
+            made = self._plan(list(ready.values()), active)
         except (AgentUnreachable, CertificateRejected) as error:
-            self._source_away(ready, error)
+            self._source_away(ready.values(), error)
             return
-        by_pid = {task.member.pid: task for task in ready}
         for placement in made.placements:
-            task = by_pid[placement.pid]
+            task = ready[placement.pid]
             places = [t.destination for t in active]
             if not self._policy.room(self._source, placement.host, places):
                 continue
@@ -310,10 +311,10 @@ class Drain:
             self._begin(task, placement.host)
             if task.migration:
                 active.append(task)
-        waiting = [t for t in self._tasks if t.ended is None and t not in ready]
+        waiting = [t for t in self._tasks if t.ended is None and t not in ready.values()]
         if not active and not waiting and not made.placements and not self._awaited(now):
             for unplaced in made.unplaced:
-                task = by_pid[unplaced.pid]
+                task = ready[unplaced.pid]
                 task.reason = NoPlacement.reason
                 reasons = [f"{host}: {why}" for host, why in unplaced.reasons.items()]
                 task.message = "; ".join([*reasons, *([self._silent] if self._silent else [])])

@@ -1,4 +1,4 @@
-"""A host is drained while agents die: every process lives, once, and computes what its twin does."""
+"""A host is drained while agents die: all processes live, once, and come out like their twins."""
 
 from __future__ import annotations
 

@@ -14,10 +14,12 @@ import pytest
 from migrate.client import Client
 from migrate.drain.drain import Summary
 from migrate.drain.state import StateFile
+from migrate.errors import AgentUnreachable
 from scenarios.cluster import Cluster, wait_until
 from tests.integration.jobs import Job, migrate, start_job, twin_digest
 
-STEPS = 3000
+STEPS = 600
+PACE = 0.05  # seconds between steps: a job outlasts its drain
 LIMIT = 400.0  # seconds
 
 
@@ -38,7 +40,10 @@ def start_drain(cluster: Cluster, *arguments: str) -> subprocess.Popen[bytes]:
 def ended(cluster: Cluster) -> int:
     """Migrations from a that are over."""
     with Client(cluster.inventory) as client:
-        return sum(report.status == "completed" for report in client.history("a", 100))
+        try:
+            return sum(report.status == "completed" for report in client.history("a", 100))
+        except AgentUnreachable:
+            return 0
 
 
 def check(cluster: Cluster, jobs: list[Job], summary: Summary) -> None:
@@ -59,31 +64,12 @@ def check(cluster: Cluster, jobs: list[Job], summary: Summary) -> None:
 
 
 @pytest.mark.timeout(LIMIT * 2)
-@pytest.mark.parametrize(
-    "count", [3, pytest.param(12, marks=pytest.mark.soak)], ids=["short", "full"]
-)
-def test_a_drain_with_agents_killed_in_the_middle(own_cluster: Cluster, count: int) -> None:
+def test_a_drain_killed_with_an_agent_goes_on_and_starts_nothing_twice(
+    own_cluster: Cluster,
+) -> None:
     for name in ("a", "b", "c"):
         own_cluster.add_host(name)
-    pace = 0.02 if count < 10 else 0.1
-    jobs = [start_job(own_cluster, "a", f"job-{n}", steps=STEPS, pace=pace) for n in range(count)]
-    drain = start_drain(own_cluster, "--attempts", "8", "--pause-after", "20")
-    victims = ["b", "a"] if count > 3 else ["a"]
-    for number, victim in enumerate(victims):
-        wait_until(lambda n=number: ended(own_cluster) > n, LIMIT, "a migration")
-        own_cluster.kill_agent(victim)
-        time.sleep(1)
-        own_cluster.start_agent(victim)
-    output, _ = drain.communicate(timeout=LIMIT)
-    assert drain.returncode == 0, output
-    check(own_cluster, jobs, msgspec.json.decode(output, type=Summary))
-
-
-@pytest.mark.timeout(LIMIT * 2)
-def test_a_drain_that_is_killed_goes_on_and_starts_nothing_twice(own_cluster: Cluster) -> None:
-    for name in ("a", "b", "c"):
-        own_cluster.add_host(name)
-    jobs = [start_job(own_cluster, "a", f"job-{n}", steps=STEPS, pace=0.02) for n in range(3)]
+    jobs = [start_job(own_cluster, "a", f"job-{n}", steps=STEPS, pace=PACE) for n in range(3)]
     dry = migrate(own_cluster, "drain", "a", "--to", "b,c", "--dry-run")
     assert dry.code == 0
     assert sorted(p["pid"] for p in dry.document["placements"]) == sorted(j.pid for j in jobs)
@@ -91,19 +77,39 @@ def test_a_drain_that_is_killed_goes_on_and_starts_nothing_twice(own_cluster: Cl
 
     drain = start_drain(own_cluster, "--per-host", "1")
     wait_until(lambda: ended(own_cluster) >= 1, LIMIT, "the first migration")
+    own_cluster.kill_agent("a")
     drain.send_signal(signal.SIGKILL)
     drain.communicate()
     again = start_drain(own_cluster)
+    own_cluster.start_agent("a")
     output, _ = again.communicate(timeout=LIMIT)
     assert again.returncode == 0, output
     summary = msgspec.json.decode(output, type=Summary)
     check(own_cluster, jobs, summary)
     # Also those that the first drain had moved are in the second one's account.
-    with Client(own_cluster.inventory) as client:
-        assert len(client.history("a", 100)) == len(jobs)
-    assert not StateFile(own_cluster.folder / "state", "a").load().members
     table = migrate(own_cluster, "history", "a").document["migrations"]
-    assert {row["id"] for row in table} == {row.migration for row in summary.rows}
+    assert {row["id"] for row in table} >= {row.migration for row in summary.rows}
+    assert len(table) == sum(row.attempts for row in summary.rows)
+    assert not StateFile(own_cluster.folder / "state", "a").load().members
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(LIMIT * 4)
+def test_a_drain_of_twelve_with_agents_killed_in_the_middle(own_cluster: Cluster) -> None:
+    for name in ("a", "b", "c"):
+        own_cluster.add_host(name)
+    jobs = [start_job(own_cluster, "a", f"job-{n}", steps=STEPS, pace=4 * PACE) for n in range(12)]
+    drain = start_drain(own_cluster, "--attempts", "8", "--pause-after", "20")
+    for number, victim in enumerate(("b", "a", "c")):
+        wait_until(lambda n=number: ended(own_cluster) > n, LIMIT, "a migration")
+        own_cluster.kill_agent(victim)
+        time.sleep(1)
+        own_cluster.start_agent(victim)
+    output, _ = drain.communicate(timeout=2 * LIMIT)
+    assert drain.returncode == 0, output
+    summary = msgspec.json.decode(output, type=Summary)
+    print(f"12 processes, {sum(row.attempts for row in summary.rows)} attempts, 3 agents killed")
+    check(own_cluster, jobs, summary)
 
 
 def test_nowhere_to_go(own_cluster: Cluster) -> None:

@@ -191,7 +191,9 @@ def test_all_are_moved_within_the_limits(tmp_path: Path, policy: Policy, most: i
     assert set(outcomes(summary).values()) == {"moved"}
     assert len(agents.begun) == 12
     assert agents.most["all"] == most
-    assert max(agents.most.get("b", 0), agents.most.get("c", 0)) <= min(policy.per_link, policy.per_host)
+    assert max(agents.most.get("b", 0), agents.most.get("c", 0)) <= min(
+        policy.per_link, policy.per_host
+    )
     assert summary.error() is None
 
 

@@ -32,8 +32,11 @@ from migrate.orchestrator.host import Host
 from migrate.orchestrator.peer import Peer
 from migrate.report import PeakMemory
 from migrate.rpc import tls
+from migrate.rpc.audit import Audit
+from migrate.rpc.guard import Guard
 from migrate.rpc.pb import agent_pb2_grpc, peer_pb2_grpc
 from migrate.rpc.peer import GrpcPeer
+from migrate.rpc.revocation import Revocations
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +71,10 @@ class Agent:
             split_address(config.data_advertise) if config.data_advertise else ("", listener.port)
         )
         self.destinations = Destinations(self.host, self._receiver, data, self._dial)
-        self._server = grpc.server(ThreadPoolExecutor(WORKERS), options=tls.OPTIONS)
+        guard = Guard(config.name, Revocations(config.tls), Audit(Path(paths.run)))
+        self._server = grpc.server(
+            ThreadPoolExecutor(WORKERS), interceptors=[guard], options=tls.OPTIONS
+        )
         self.port = self._serve()
 
     @property

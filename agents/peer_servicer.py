@@ -1,10 +1,13 @@
-"""The gRPC servicer for other agents. Every call: an agent's certificate, and its own migration."""
+"""The gRPC servicer for other agents: each may speak of its own migrations and no others.
+
+That the caller is an agent is checked before a method is entered (``migrate.rpc.guard``), which
+also makes a status of a MigrateError.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from functools import wraps
-from typing import Any, TypeVar
+from collections.abc import Collection
+from typing import TypeVar
 
 import grpc
 import msgspec
@@ -12,38 +15,21 @@ import msgspec
 from agents.destination import Destinations
 from agents.source import Sources
 from migrate.errors import (
-    MigrateError,
     PermissionRefused,
     ProtocolMismatch,
     UnknownMigration,
 )
 from migrate.journal import Journal
-from migrate.orchestrator.destination import SourceRecord
+from migrate.orchestrator.destination import DestinationMigration, SourceRecord
 from migrate.orchestrator.handover import Answer
 from migrate.orchestrator.peer import GrantReply
 from migrate.orchestrator.plan import PROTOCOL, Needs, Options, RestoreOrder
 from migrate.report import DestinationFigures
-from migrate.rpc.ca import Role
-from migrate.rpc.errors import abort
 from migrate.rpc.pb import peer_pb2, peer_pb2_grpc
-from migrate.rpc.tls import require_role
+from migrate.rpc.tls import peer_identity
 from migrate.topology.model import Topology
 
 S = TypeVar("S", bound=msgspec.Struct)
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def answers_errors(method: Method) -> Method:
-    """Let a MigrateError reach the caller as itself, and anything else as INTERNAL."""
-
-    @wraps(method)
-    def call(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
-        try:
-            return method(self, request, context)
-        except MigrateError as error:
-            abort(context, error)
-
-    return call  # type: ignore[return-value]
 
 
 def parsed(data: bytes, kind: type[S]) -> S:
@@ -69,22 +55,18 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
         self._destinations = destinations
         self._allow_from = allow_from
 
-    @answers_errors
     def Reserve(
         self, request: peer_pb2.ReserveRequest, context: grpc.ServicerContext
     ) -> peer_pb2.ReserveReply:
         """Make room for a process, if the caller may send one here."""
-        caller = require_role(context, {Role.AGENT})
+        caller = peer_identity(context)
         if request.protocol != PROTOCOL:
             raise ProtocolMismatch(
                 f"the source speaks protocol {request.protocol}, this host {PROTOCOL}"
             )
-        if caller.name != request.source or caller.name not in self._allow_from:
-            raise PermissionRefused(
-                f"{caller.name} may not send processes here",
-                advice="Add the host's name to allow_from in the destination agent's"
-                " configuration: an allowed source is as good as root there.",
-            )
+        if caller.name != request.source:
+            raise PermissionRefused(f"{caller.name} can't speak for {request.source[:64]!r}")
+        self._check_allowed(caller.name)
         source = SourceRecord(
             name=caller.name, address=request.source_address, store_id=request.source_store_id
         )
@@ -105,30 +87,29 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
             session_secret=secret,
         )
 
-    @answers_errors
     def Restore(
         self, request: peer_pb2.RestoreRequest, context: grpc.ServicerContext
     ) -> peer_pb2.RestoreReply:
         """Build, place, verify and hold the copy."""
-        self._own(request.migration, context)
+        found = self._find(request.migration, context)
+        if found is None:
+            raise UnknownMigration(f"no migration {request.migration!r} is known here")
         try:
             order = msgspec.msgpack.decode(request.order, type=RestoreOrder)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ProtocolMismatch(f"RestoreOrder can't be read: {error}") from error
-        prepared = self._destinations.get(request.migration).restore(order, dict(request.manifest))
+        prepared = found.restore(order, dict(request.manifest))
         return peer_pb2.RestoreReply(
             store_id=prepared.store_id,
             token=prepared.token,
             figures=msgspec.json.encode(prepared.figures),
         )
 
-    @answers_errors
     def Grant(
         self, request: peer_pb2.GrantRequest, context: grpc.ServicerContext
     ) -> peer_pb2.GrantReply:
         """Take the process, or refuse it for ever. No record is not a refusal."""
-        require_role(context, {Role.AGENT})
-        found = self._destinations.find(request.migration)
+        found = self._find(request.migration, context)
         if found is None:
             reply = GrantReply(
                 answer=Answer.NO_RECORD,
@@ -137,7 +118,6 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
                 figures=DestinationFigures(),
             )
         else:
-            self._own(request.migration, context)
             reply = found.grant(request.token)
         return peer_pb2.GrantReply(
             answer=reply.answer.value,
@@ -146,25 +126,19 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
             figures=msgspec.json.encode(reply.figures),
         )
 
-    @answers_errors
     def Cancel(
         self, request: peer_pb2.CancelRequest, context: grpc.ServicerContext
     ) -> peer_pb2.CancelReply:
         """End an attempt that was not granted."""
-        require_role(context, {Role.AGENT})
-        found = self._destinations.find(request.migration)
-        cancelled = True
-        if found is not None:
-            self._own(request.migration, context)
-            cancelled = found.cancel()
+        found = self._find(request.migration, context)
+        cancelled = found is None or found.cancel()
         return peer_pb2.CancelReply(cancelled=cancelled, store_id=self._journal.store_id)
 
-    @answers_errors
     def Query(
         self, request: peer_pb2.QueryRequest, context: grpc.ServicerContext
     ) -> peer_pb2.QueryReply:
         """What this host's journal says, as source or as destination."""
-        caller = require_role(context, {Role.AGENT})
+        caller = peer_identity(context)
         reply = peer_pb2.QueryReply(store_id=self._journal.store_id)
         if self._sources.destination_of(request.migration) == caller.name:
             reply.state = self._sources.state(request.migration) or ""
@@ -174,13 +148,29 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
             reply.state = found.machine.state or ""
             reply.token = found.machine.token
             reply.life = found.life
+        elif found is not None:
+            raise PermissionRefused(f"migration {request.migration} is not {caller.name}'s")
+        else:
+            self._check_allowed(caller.name)
         return reply
 
-    def _own(self, migration: str, context: grpc.ServicerContext) -> None:
-        """The caller must be the source of the migration that it speaks of."""
-        caller = require_role(context, {Role.AGENT})
+    def _find(self, migration: str, context: grpc.ServicerContext) -> DestinationMigration | None:
+        """The migration that a source speaks of, None if the journal has no record of it.
+
+        Raises PermissionRefused if the caller is not the source of it, or is none at all.
+        """
+        caller = peer_identity(context)
         found = self._destinations.find(migration)
         if found is None:
-            raise UnknownMigration(f"no migration {migration!r} is known here")
-        if found.source.name != caller.name:
+            self._check_allowed(caller.name)
+        elif found.source.name != caller.name:
             raise PermissionRefused(f"migration {migration} is not {caller.name}'s")
+        return found
+
+    def _check_allowed(self, name: str) -> None:
+        if name not in self._allow_from:
+            raise PermissionRefused(
+                f"{name} may not send processes here",
+                advice="Add the host's name to allow_from in the destination agent's"
+                " configuration: an allowed source is as good as root there.",
+            )

@@ -24,7 +24,7 @@ from typing import IO, Self
 import msgspec
 
 from migrate.engine.runtime import HOST_ROOT, PTRACER
-from migrate.inventory import HostEntry, Inventory, TlsFiles, to_toml
+from migrate.inventory import HostEntry, Inventory, TlsFiles, load, to_toml
 from migrate.model import HostPaths
 from migrate.rpc.ca import Authority, Role, create_ca, issue
 
@@ -107,6 +107,14 @@ class Cluster:
     def inventory(self) -> Path:
         """The inventory file, with every host whose agent was ever started."""
         return self.folder / "hosts.toml"
+
+    @property
+    def admin_inventory(self) -> Path:
+        """The same hosts, seen by somebody who may `migrate resolve`, too."""
+        path = self.folder / "admin.toml"
+        hosts = load(self.inventory).hosts
+        path.write_text(to_toml(Inventory(tls=self.certificate("admin", Role.ADMIN), hosts=hosts)))
+        return path
 
     def certificate(self, name: str, role: Role) -> TlsFiles:
         """A certificate for loopback, of the throwaway authority."""

@@ -4,15 +4,19 @@ Every connection of the product is mTLS, in the demo too, which makes a throwawa
 authority. A certificate's CN is the name of the host or person, its OU the role; an
 agent's SANs are its host name and addresses. Keys are ECDSA on P-256, which gRPC's
 BoringSSL, Python's ssl and every TLS 1.3 peer accept.
+
+A key need not be made here: ``make_request`` makes it where it stays, ``sign_request``
+answers with a certificate. What the request asks for beside its key counts for nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import ipaddress
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +28,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from migrate.errors import UsageError
 from migrate.inventory import HOST_NAME, TlsFiles
+from migrate.rpc import book
 
 CA_LIFETIME = timedelta(days=3650)
 LIFETIME = timedelta(days=365)
@@ -48,7 +53,14 @@ class Authority:
     ) -> None:
         self.certificate = certificate
         self.key = key
+        self.folder = folder
         self.path = folder / "ca.crt"
+        self.crl_path = folder / "ca.crl"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the certificate, hexadecimal: by this a newcomer knows the authority."""
+        return self.certificate.fingerprint(hashes.SHA256()).hex()
 
 
 def create_ca(folder: str | Path, name: str = "migrate", now: datetime | None = None) -> Authority:
@@ -115,6 +127,93 @@ def issue(
     """
     base = Path(folder)
     key = ec.generate_private_key(ec.SECP256R1())
+    certificate = _signed(ca, key.public_key(), name, role, hosts, lifetime, now)
+    files = TlsFiles(ca=str(ca.path), cert=str(base / f"{name}.crt"), key=str(base / f"{name}.key"))
+    try:
+        base.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _write(Path(files.key), _key_pem(key), 0o600)
+        _write(Path(files.cert), _pem(certificate), 0o644)
+    except OSError as error:
+        raise UsageError(f"can't write a certificate to {base}: {error.strerror}") from error
+    return files
+
+
+# ---------------------------------------------------------------- requests
+
+
+def make_request(name: str, folder: str | Path) -> tuple[Path, Path]:
+    """Make ``NAME.key``, which stays where it is made, and ``NAME.csr`` for an authority.
+
+    Raises UsageError, also if there is a key of that name already.
+    """
+    base = Path(folder)
+    key = ec.generate_private_key(ec.SECP256R1())
+    paths = base / f"{_checked(name)}.key", base / f"{name}.csr"
+    try:
+        base.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _write(paths[0], _key_pem(key), 0o600, replace=False)
+        _write(paths[1], request_pem(key, name), 0o644)
+    except FileExistsError as error:
+        raise UsageError(
+            f"there is a key already: {paths[0]}",
+            advice="Move it away if it is not used any more, or choose another folder.",
+        ) from error
+    except OSError as error:
+        raise UsageError(f"can't write to {base}: {error.strerror}") from error
+    return paths
+
+
+def request_pem(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
+    """A certificate signing request (PKCS #10, PEM) for *name*."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, _checked(name))])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    return request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def sign_request(
+    ca: Authority,
+    request: bytes,
+    name: str,
+    role: Role,
+    *,
+    hosts: Sequence[str] = (),
+    lifetime: timedelta = LIFETIME,
+    now: datetime | None = None,
+) -> bytes:
+    """The certificate (PEM) for the key of a PEM *request*; *name* must be what it asks for.
+
+    Raises UsageError for a request that can't be read, is of another name, proves no
+    possession of its key, or has a key of another kind than P-256 and P-384.
+    """
+    try:
+        csr = x509.load_pem_x509_csr(request)
+        asked = [a.value for a in csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        proven = csr.is_signature_valid
+        key = csr.public_key()
+    except Exception as error:  # of many kinds: what it holds is anybody's
+        raise UsageError("the certificate signing request can't be read") from error
+    if not proven:
+        raise UsageError("the certificate signing request is not signed by its own key")
+    if asked != [name]:
+        raise UsageError(f"the certificate signing request is not for {name}")
+    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in (
+        "secp256r1",
+        "secp384r1",
+    ):
+        raise UsageError("the certificate signing request has no key on P-256 or P-384")
+    return _pem(_signed(ca, key, name, role, hosts, lifetime, now))
+
+
+def _signed(
+    ca: Authority,
+    key: ec.EllipticCurvePublicKey,
+    name: str,
+    role: Role,
+    hosts: Sequence[str],
+    lifetime: timedelta,
+    now: datetime | None,
+) -> x509.Certificate:
+    """A certificate that stands in the authority's book. Raises UsageError."""
     subject = x509.Name(
         [
             x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, Role(role).value),
@@ -124,9 +223,8 @@ def issue(
     purposes = [ExtendedKeyUsageOID.CLIENT_AUTH]
     if role == Role.AGENT:
         purposes.append(ExtendedKeyUsageOID.SERVER_AUTH)
-    issuer = ca.certificate.subject
     certificate = (
-        _builder(subject, issuer, key.public_key(), lifetime, now)
+        _builder(subject, ca.certificate.subject, key, lifetime, now)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(), critical=True)
         .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
@@ -134,14 +232,89 @@ def issue(
         .add_extension(_issuer_key(ca), critical=False)
         .sign(ca.key, hashes.SHA256())
     )
-    files = TlsFiles(ca=str(ca.path), cert=str(base / f"{name}.crt"), key=str(base / f"{name}.key"))
+    issued = book.Issued(
+        serial=f"{certificate.serial_number:x}",
+        name=name,
+        role=Role(role).value,
+        until=certificate.not_valid_after_utc,
+    )
     try:
-        base.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write(Path(files.key), _key_pem(key), 0o600)
-        _write(Path(files.cert), _pem(certificate), 0o644)
+        book.note(ca.folder, issued)
     except OSError as error:
-        raise UsageError(f"can't write a certificate to {base}: {error.strerror}") from error
-    return files
+        raise UsageError(f"can't write to {ca.folder}: {error.strerror}") from error
+    return certificate
+
+
+# ---------------------------------------------------------------- revocation
+
+
+def revoke(ca: Authority, name_or_serial: str, now: datetime | None = None) -> list[str]:
+    """Revoke every certificate of a name, or the one of a serial number (hexadecimal).
+
+    Writes ``ca.crl``. Returns the serial numbers; revoking again is fine. Raises UsageError
+    if the book has no such certificate.
+    """
+    found = [
+        issued.serial
+        for issued in book.read(ca.folder)
+        if name_or_serial in (issued.name, issued.serial)
+    ]
+    if not found:
+        raise UsageError(
+            f"no certificate of {name_or_serial!r} was issued by the authority in {ca.folder}",
+            advice=f"{ca.folder / book.NAME} lists all that were.",
+        )
+    start = now if now is not None else datetime.now(UTC)
+    with _locked(ca.folder):
+        number, entries = _revoked_before(ca)
+        known = {entry.serial_number for entry in entries}
+        entries += [
+            x509.RevokedCertificateBuilder()
+            .serial_number(int(serial, 16))
+            .revocation_date(start)
+            .build()
+            for serial in found
+            if int(serial, 16) not in known
+        ]
+        crl = (
+            x509.CertificateRevocationListBuilder(revoked_certificates=entries)
+            .issuer_name(ca.certificate.subject)
+            .last_update(start - CLOCK_SKEW)
+            .next_update(start + CA_LIFETIME)
+            .add_extension(x509.CRLNumber(number + 1), critical=False)
+            .add_extension(_issuer_key(ca), critical=False)
+            .sign(ca.key, hashes.SHA256())
+        )
+        try:
+            _write(ca.crl_path, crl.public_bytes(serialization.Encoding.PEM), 0o644)
+        except OSError as error:
+            raise UsageError(f"can't write {ca.crl_path}: {error.strerror}") from error
+    return found
+
+
+def _revoked_before(ca: Authority) -> tuple[int, list[x509.RevokedCertificate]]:
+    try:
+        old = x509.load_pem_x509_crl(ca.crl_path.read_bytes())
+        number = old.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+    except FileNotFoundError:
+        return 0, []
+    except (ValueError, x509.ExtensionNotFound) as error:
+        raise UsageError(f"{ca.crl_path} can't be read: {error}") from error
+    return number, list(old)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Two that revoke at once do it one after the other."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+# ---------------------------------------------------------------- parts
 
 
 def _checked(name: str) -> str:

@@ -11,7 +11,7 @@ import logging
 import os
 import queue
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import NameOID
 
-from migrate.errors import AgentUnreachable, CertificateRejected, PermissionRefused, UsageError
+from migrate.errors import AgentUnreachable, CertificateRejected, UsageError
 from migrate.inventory import TlsFiles
 from migrate.model import Value
 from migrate.rpc.ca import Role
@@ -146,12 +146,17 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
     )
 
 
-def peer_identity(context: grpc.ServicerContext) -> Identity:
-    """Who is calling. Raises CertificateRejected if the certificate names no role of ours."""
+def peer_certificate(context: grpc.ServicerContext) -> x509.Certificate:
+    """What the caller showed in the handshake. Raises CertificateRejected."""
     chain = context.auth_context().get("x509_pem_cert")
     if not chain:
         raise CertificateRejected("the caller showed no certificate")
-    return identity_of(x509.load_pem_x509_certificate(bytes(next(iter(chain)))))
+    return x509.load_pem_x509_certificate(bytes(next(iter(chain))))
+
+
+def peer_identity(context: grpc.ServicerContext) -> Identity:
+    """Who is calling. Raises CertificateRejected if the certificate names no role of ours."""
+    return identity_of(peer_certificate(context))
 
 
 def identity_of(certificate: x509.Certificate) -> Identity:
@@ -164,17 +169,6 @@ def identity_of(certificate: x509.Certificate) -> Identity:
         return Identity(name=str(names[0].value), role=Role(str(units[0].value)))
     except ValueError as error:
         raise CertificateRejected(f"the certificate's role is unknown: {error}") from error
-
-
-def require_role(context: grpc.ServicerContext, allowed: Collection[Role]) -> Identity:
-    """The caller, if its role is one of *allowed*. Raises PermissionRefused."""
-    caller = peer_identity(context)
-    if caller.role not in allowed:
-        wanted = ", ".join(sorted(allowed))
-        raise PermissionRefused(
-            f"the certificate of {caller.name} has the role {caller.role}; this needs: {wanted}"
-        )
-    return caller
 
 
 # ---------------------------------------------------------------- client

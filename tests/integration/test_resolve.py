@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from migrate.errors import PermissionRefused
 from migrate.faults import VARIABLE
 from scenarios.cluster import AgentSetup, Cluster, wait_until
 from tests.integration.jobs import Job, migrate, start_job, twin_digest
@@ -80,13 +81,15 @@ def test_the_destination_is_gone_and_the_source_gets_its_process_back(cluster: C
     assert migrate(cluster, "abort", migration, "--host", "a").code == 92
 
     decision = ("resolve", migration, "--owner", "a", "--fenced", "b")
-    outcome = migrate(cluster, *decision)
+    admin = cluster.admin_inventory
+    outcome = migrate(cluster, *decision, inventory=admin)
     assert outcome.code == 0, outcome.document
     report = ended(a, migration)
     assert (report["owner"], report["running"]) == ("source", "source")
     assert states(a, migration, "source")[-2:] == ["UNDOING", "ROLLED_BACK"]
-    assert "before" in migrate(cluster, *decision).document["message"]
-    assert migrate(cluster, "resolve", migration, "--owner", "b", "--fenced", "a").code != 0
+    assert "before" in migrate(cluster, *decision, inventory=admin).document["message"]
+    other = ("resolve", migration, "--owner", "b", "--fenced", "a")
+    assert migrate(cluster, *other, inventory=admin).code != 0
 
     # The fenced host comes back: its journal says OWNED, its copy is gone, and nothing runs.
     cluster.start_agent("b", AgentSetup())
@@ -103,7 +106,9 @@ def test_the_source_is_gone_and_the_held_copy_becomes_the_process(cluster: Clust
     assert is_there(copy)
     assert not is_runnable(copy)
 
-    outcome = migrate(cluster, "resolve", migration, "--owner", "b", "--fenced", "a")
+    decision = ("resolve", migration, "--owner", "b", "--fenced", "a")
+    assert migrate(cluster, *decision).failure["reason"] == PermissionRefused.reason
+    outcome = migrate(cluster, *decision, inventory=cluster.admin_inventory)
     assert outcome.code == 0, outcome.document
     assert states(b, migration, "destination")[-1] == "OWNED"
     job.runs_on()

@@ -22,7 +22,6 @@ from migrate.errors import (
     AgentUnreachable,
     CertificateRejected,
     MigrateError,
-    PermissionRefused,
     UsageError,
 )
 from migrate.inventory import TlsFiles
@@ -34,7 +33,6 @@ from migrate.rpc.tls import (
     open_channel,
     peer_identity,
     read,
-    require_role,
     server_credentials,
 )
 
@@ -44,19 +42,14 @@ DAY = timedelta(days=1)
 
 
 class WhoAmI(grpc.GenericRpcHandler):
-    """One method for every path: /x/who says the caller, /x/admin wants an admin."""
+    """One method for every path: it says who calls."""
 
     def service(
         self, handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler[bytes, bytes]:
-        method = handler_call_details.method
-
         def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
             try:
-                if method == "/x/admin":
-                    who = require_role(context, {Role.ADMIN})
-                else:
-                    who = peer_identity(context)
+                who = peer_identity(context)
             except MigrateError as error:
                 return f"{error.reason}: {error}".encode()
             return f"{who.name} {who.role}".encode()
@@ -130,19 +123,6 @@ def test_the_callee_learns_name_and_role(
         assert ask(channel) == f"peer.example {role.value}"
 
 
-def test_a_role_that_does_not_suffice_is_refused(
-    ca: Authority, tmp_path: Path, address: str, operator: TlsFiles
-) -> None:
-    with connect(address, "node-a", operator, DEADLINE) as channel:
-        said = ask(channel, "/x/admin")
-    assert said.startswith(PermissionRefused.reason)
-    assert "olga" in said
-    assert "operator" in said
-    admin = issue(ca, "ada", Role.ADMIN, tmp_path)
-    with connect(address, "node-a", admin, DEADLINE) as channel:
-        assert ask(channel, "/x/admin") == "ada admin"
-
-
 def foreign(
     ca: Authority, folder: Path, *attributes: tuple[x509.ObjectIdentifier, str]
 ) -> TlsFiles:
@@ -182,8 +162,7 @@ def test_a_subject_that_is_not_one_name_and_one_role_is_nobody(
 ) -> None:
     files = foreign(ca, tmp_path, *attributes)
     with connect(address, "node-a", files, DEADLINE) as channel:
-        for method in ("/x/who", "/x/admin"):
-            assert ask(channel, method).startswith(CertificateRejected.reason)
+        assert ask(channel).startswith(CertificateRejected.reason)
 
 
 def test_the_name_is_checked_not_the_address(address: str, operator: TlsFiles) -> None:
@@ -423,7 +402,7 @@ def test_keys_are_private_even_with_a_careless_umask(tmp_path: Path) -> None:
         os.umask(old)
     for key in (tmp_path / "ca" / "ca.key", Path(files.key)):
         assert key.stat().st_mode & 0o777 == 0o600
-    assert {p.name for p in (tmp_path / "ca").iterdir()} == {"ca.key", "ca.crt"}
+    assert {p.name for p in (tmp_path / "ca").iterdir()} == {"ca.key", "ca.crt", "issued.jsonl"}
 
 
 def test_an_authority_is_never_replaced(tmp_path: Path) -> None:

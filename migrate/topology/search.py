@@ -386,7 +386,7 @@ class _Search:
 def _halves(base: Grid, pairs: Grid, possible: NDArray[np.bool_]) -> Grid:
     """Twice *base* and the cheapest possible place of each other open GPU beside it."""
     shut = np.where(possible, 0, INFINITE)
-    nearest = np.minimum(pairs + shut, INFINITE).min(axis=3)
+    nearest = np.minimum((pairs + shut).min(axis=3), INFINITE)
     every = np.arange(len(base))
     nearest[every, :, every] = 0
     bound: Grid = np.minimum(2 * base + nearest.sum(axis=2), INFINITE)

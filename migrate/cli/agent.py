@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import TextIO
 
 import click
 
@@ -44,3 +45,50 @@ def serve(settings: Settings, config: Path, ready_fd: int | None) -> None:
     # agents is a layer above the command line: named here, imported only when it is run.
     load_config = importlib.import_module("agents.config").load_config
     importlib.import_module("agents.daemon").serve(load_config(config), ready_fd)
+
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@agent_command.command("enroll")
+@click.argument("ca", metavar="CA_HOST:PORT")
+@click.option(
+    "--token-file",
+    type=click.File(),
+    required=True,
+    help="The token by `migrate ca token`; - is stdin.",
+)
+@click.option(
+    "--out",
+    type=FOLDER,
+    default=Path("/etc/migrate"),
+    show_default=True,
+    help="Where ca.crt, NAME.crt and NAME.key go.",
+)
+@click.pass_obj
+def enroll(settings: Settings, ca: str, *, token_file: TextIO, out: Path) -> None:
+    """Get a certificate for this host from `migrate ca serve` at CA_HOST:PORT.
+
+    The key is made here and stays. What answers must be the authority that made the token.
+    """
+    enrol = importlib.import_module("migrate.rpc.enrol").enrol
+    parse = importlib.import_module("migrate.rpc.tokens").parse
+    files = enrol(ca, parse(token_file.read(4096)), out)
+    if settings.output.json:
+        settings.output.document(files)
+    else:
+        settings.output.text(f"Made {files.cert} and {files.key}")
+
+
+@agent_command.command("csr")
+@click.argument("name")
+@click.option("--out", type=FOLDER, default=Path(), help="Where NAME.key and NAME.csr go.")
+@click.pass_obj
+def csr(settings: Settings, name: str, *, out: Path) -> None:
+    """Make a key for NAME and a signing request, for `migrate ca sign` where ca.key is."""
+    make_request = importlib.import_module("migrate.rpc.ca").make_request
+    key, request = make_request(name, out)
+    if settings.output.json:
+        settings.output.document({"key": str(key), "csr": str(request)})
+    else:
+        settings.output.text(f"Made {key}, which stays here, and {request}")

@@ -34,6 +34,9 @@ CA_LIFETIME = timedelta(days=3650)
 LIFETIME = timedelta(days=365)
 # Hosts' clocks differ; a certificate is valid a little before it was made.
 CLOCK_SKEW = timedelta(minutes=5)
+# What `migrate ca serve` calls itself. No other certificate gets this name, so that no host can
+# pose as the authority towards one that enrols.
+ENROLMENT_NAME = "enrolment.migrate.invalid"
 
 
 class Role(StrEnum):
@@ -70,7 +73,7 @@ def create_ca(folder: str | Path, name: str = "migrate", now: datetime | None = 
     all become worthless.
     """
     base = Path(folder)
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, _checked(name))])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, checked_name(name))])
     key = ec.generate_private_key(ec.SECP256R1())
     usage = _key_usage(key_cert_sign=True, crl_sign=True, digital_signature=False)
     certificate = (
@@ -81,8 +84,8 @@ def create_ca(folder: str | Path, name: str = "migrate", now: datetime | None = 
     )
     try:
         base.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write(base / "ca.key", _key_pem(key), 0o600, replace=False)
-        _write(base / "ca.crt", _pem(certificate), 0o644, replace=False)
+        write_file(base / "ca.key", _key_pem(key), 0o600, replace=False)
+        write_file(base / "ca.crt", _pem(certificate), 0o644, replace=False)
     except FileExistsError as error:
         raise UsageError(
             f"{base} has an authority already: {error.filename2 or error.filename}",
@@ -131,8 +134,8 @@ def issue(
     files = TlsFiles(ca=str(ca.path), cert=str(base / f"{name}.crt"), key=str(base / f"{name}.key"))
     try:
         base.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write(Path(files.key), _key_pem(key), 0o600)
-        _write(Path(files.cert), _pem(certificate), 0o644)
+        write_file(Path(files.key), _key_pem(key), 0o600)
+        write_file(Path(files.cert), _pem(certificate), 0o644)
     except OSError as error:
         raise UsageError(f"can't write a certificate to {base}: {error.strerror}") from error
     return files
@@ -148,11 +151,11 @@ def make_request(name: str, folder: str | Path) -> tuple[Path, Path]:
     """
     base = Path(folder)
     key = ec.generate_private_key(ec.SECP256R1())
-    paths = base / f"{_checked(name)}.key", base / f"{name}.csr"
+    paths = base / f"{checked_name(name)}.key", base / f"{name}.csr"
     try:
         base.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write(paths[0], _key_pem(key), 0o600, replace=False)
-        _write(paths[1], request_pem(key, name), 0o644)
+        write_file(paths[0], _key_pem(key), 0o600, replace=False)
+        write_file(paths[1], request_pem(key, name), 0o644)
     except FileExistsError as error:
         raise UsageError(
             f"there is a key already: {paths[0]}",
@@ -165,7 +168,7 @@ def make_request(name: str, folder: str | Path) -> tuple[Path, Path]:
 
 def request_pem(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
     """A certificate signing request (PKCS #10, PEM) for *name*."""
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, _checked(name))])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, checked_name(name))])
     request = x509.CertificateSigningRequestBuilder().subject_name(subject)
     return request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
@@ -185,6 +188,12 @@ def sign_request(
     Raises UsageError for a request that can't be read, is of another name, proves no
     possession of its key, or has a key of another kind than P-256 and P-384.
     """
+    key = key_of_request(request, name)
+    return _pem(_signed(ca, key, name, role, hosts, lifetime, now))
+
+
+def key_of_request(request: bytes, name: str) -> ec.EllipticCurvePublicKey:
+    """The key of a PEM *request* for *name*. Raises UsageError, see ``sign_request``."""
     try:
         csr = x509.load_pem_x509_csr(request)
         asked = [a.value for a in csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
@@ -201,7 +210,7 @@ def sign_request(
         "secp384r1",
     ):
         raise UsageError("the certificate signing request has no key on P-256 or P-384")
-    return _pem(_signed(ca, key, name, role, hosts, lifetime, now))
+    return key
 
 
 def _signed(
@@ -217,7 +226,7 @@ def _signed(
     subject = x509.Name(
         [
             x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, Role(role).value),
-            x509.NameAttribute(NameOID.COMMON_NAME, _checked(name)),
+            x509.NameAttribute(NameOID.COMMON_NAME, checked_name(name)),
         ]
     )
     purposes = [ExtendedKeyUsageOID.CLIENT_AUTH]
@@ -228,7 +237,7 @@ def _signed(
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(), critical=True)
         .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
-        .add_extension(_alternative_names(name, hosts), critical=False)
+        .add_extension(alternative_names(name, hosts), critical=False)
         .add_extension(_issuer_key(ca), critical=False)
         .sign(ca.key, hashes.SHA256())
     )
@@ -243,6 +252,24 @@ def _signed(
     except OSError as error:
         raise UsageError(f"can't write to {ca.folder}: {error.strerror}") from error
     return certificate
+
+
+def enrolment_pair(ca: Authority) -> tuple[bytes, bytes]:
+    """Certificate and key (PEM) for ``migrate ca serve``: no role, so no agent takes it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, ENROLMENT_NAME)])
+    names = x509.SubjectAlternativeName([x509.DNSName(ENROLMENT_NAME)])
+    purpose = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+    certificate = (
+        _builder(subject, ca.certificate.subject, key.public_key(), LIFETIME, None)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(), critical=True)
+        .add_extension(purpose, critical=False)
+        .add_extension(names, critical=False)
+        .add_extension(_issuer_key(ca), critical=False)
+        .sign(ca.key, hashes.SHA256())
+    )
+    return _pem(certificate), _key_pem(key)
 
 
 # ---------------------------------------------------------------- revocation
@@ -286,7 +313,7 @@ def revoke(ca: Authority, name_or_serial: str, now: datetime | None = None) -> l
             .sign(ca.key, hashes.SHA256())
         )
         try:
-            _write(ca.crl_path, crl.public_bytes(serialization.Encoding.PEM), 0o644)
+            write_file(ca.crl_path, crl.public_bytes(serialization.Encoding.PEM), 0o644)
         except OSError as error:
             raise UsageError(f"can't write {ca.crl_path}: {error.strerror}") from error
     return found
@@ -317,8 +344,9 @@ def _locked(folder: Path) -> Iterator[None]:
 # ---------------------------------------------------------------- parts
 
 
-def _checked(name: str) -> str:
-    if not HOST_NAME.fullmatch(name):
+def checked_name(name: str) -> str:
+    """*name*, if it can stand in a certificate. Raises UsageError."""
+    if not HOST_NAME.fullmatch(name) or name == ENROLMENT_NAME:
         raise UsageError(
             f"{name!r} can't be the name in a certificate",
             advice="Use 1 to 64 letters, digits, dots, dashes and underscores.",
@@ -326,13 +354,14 @@ def _checked(name: str) -> str:
     return name
 
 
-def _alternative_names(name: str, hosts: Sequence[str]) -> x509.SubjectAlternativeName:
+def alternative_names(name: str, hosts: Sequence[str]) -> x509.SubjectAlternativeName:
+    """The SAN: host names and addresses, each once. Raises UsageError."""
     names: list[x509.GeneralName] = []
     for host in dict.fromkeys((name, *hosts)):
         try:
             names.append(x509.IPAddress(ipaddress.ip_address(host)))
         except ValueError:
-            names.append(x509.DNSName(_checked(host)))
+            names.append(x509.DNSName(checked_name(host)))
     return x509.SubjectAlternativeName(names)
 
 
@@ -391,7 +420,7 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def _write(path: Path, data: bytes, mode: int, *, replace: bool = True) -> None:
+def write_file(path: Path, data: bytes, mode: int, *, replace: bool = True) -> None:
     """Write a file that is either complete or not there, and never readable by others.
 
     mkstemp() creates with mode 0600; link() instead of rename() refuses to replace.

@@ -25,6 +25,7 @@ from migrate.inventory import TlsFiles
 from migrate.model import Value
 from migrate.rpc.ca import Role
 from migrate.rpc.explain import check_dates, explain_failure
+from migrate.rpc.revocation import refuse_revoked_server
 
 logger = logging.getLogger(__name__)
 
@@ -177,9 +178,11 @@ def identity_of(certificate: x509.Certificate) -> Identity:
 def open_channel(address: str, name: str, files: TlsFiles, options: Options = ()) -> grpc.Channel:
     """A channel to the agent of host *name* at ``host:port``; connects when it is used.
 
-    Raises as read(). A call that fails with UNAVAILABLE is told apart by explain_failure().
+    Raises as read(), and CertificateRejected if what answers was revoked. A call that fails
+    with UNAVAILABLE is told apart by explain_failure().
     """
     pem = read(files)
+    refuse_revoked_server(address, name, files)
     credentials = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
     target: Options = (("grpc.ssl_target_name_override", name),)
     return grpc.secure_channel(address, credentials, (*CHANNEL_OPTIONS, *target, *options))

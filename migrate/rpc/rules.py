@@ -39,9 +39,12 @@ RULES: Mapping[str, Rule] = {
     "/migrate.v1.Agent/Watch": Rule(roles=VIEWERS, acts=False),
     "/migrate.v1.Agent/Show": Rule(roles=VIEWERS, acts=False),
     "/migrate.v1.Agent/List": Rule(roles=VIEWERS, acts=False),
+    # It stops the process's threads for a moment, and reads a sample of its memory.
+    "/migrate.v1.Agent/Check": Rule(roles=OPERATORS),
     "/migrate.v1.Agent/Run": Rule(roles=OPERATORS),
     "/migrate.v1.Agent/Abort": Rule(roles=OPERATORS),
     "/migrate.v1.Agent/Resolve": Rule(roles=ADMINS),
+    "/migrate.v1.Peer/Examine": Rule(roles=AGENTS),
     "/migrate.v1.Peer/Reserve": Rule(roles=AGENTS),
     "/migrate.v1.Peer/Restore": Rule(roles=AGENTS),
     "/migrate.v1.Peer/Grant": Rule(roles=AGENTS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -21,7 +22,10 @@ class AgentConfig(Value):
     ``data_listen`` the address of the chunk streams and ``data_advertise`` what sources
     dial for them, if that differs (a forwarded port). ``root`` is the folder of a simulated
     host; without it the paths are those of the machine. ``allow_from`` names the hosts
-    whose agents may send processes here: none unless said.
+    whose agents may send processes here: none unless said. ``metrics_listen`` is host:port
+    of the Prometheus endpoint, which anybody who reaches it may read (port 0: any; off unless
+    said); ``log_format`` is "text" or "json" (a JSON object a line); ``otlp_endpoint`` is
+    where traces go (``http://host:4317``; off unless said).
     """
 
     name: str
@@ -34,6 +38,9 @@ class AgentConfig(Value):
     root: str = ""
     paths: HostPaths | None = None
     allow_from: tuple[str, ...] = ()
+    metrics_listen: str = ""
+    log_format: Literal["text", "json"] = "text"
+    otlp_endpoint: str = ""
 
     def host_paths(self) -> HostPaths:
         """Where this host's kfd, sysfs and run directory are."""
@@ -52,7 +59,7 @@ def load_config(path: Path) -> AgentConfig:
         raise UsageError(f"{path}: {error}", advice=ADVICE) from error
     if not HOST_NAME.fullmatch(config.name):
         raise UsageError(f"{path}: name: {config.name!r} is not a host name", advice=ADVICE)
-    for key in ("listen", "data_listen", "advertise", "data_advertise"):
+    for key in ("listen", "data_listen", "advertise", "data_advertise", "metrics_listen"):
         value = getattr(config, key)
         if value:
             split_address(value)

@@ -7,13 +7,17 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 
 from agents.config import AgentConfig
 from agents.destination import Destinations
+from agents.health import Health
+from agents.logs import use_json_lines
 from agents.operator_servicer import OperatorServicer
 from agents.peer_servicer import PeerServicer
 from agents.source import Sources
@@ -37,6 +41,9 @@ from migrate.rpc.guard import Guard
 from migrate.rpc.pb import agent_pb2_grpc, peer_pb2_grpc
 from migrate.rpc.peer import GrpcPeer
 from migrate.rpc.revocation import Revocations
+
+if TYPE_CHECKING:
+    from agents.metrics import AgentCollector
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +82,9 @@ class Agent:
         self._server = grpc.server(
             ThreadPoolExecutor(WORKERS), interceptors=[guard], options=tls.OPTIONS
         )
+        self._health = Health(self._server)
         self.port = self._serve()
+        self._observe()
 
     @property
     def address(self) -> str:
@@ -92,17 +101,23 @@ class Agent:
         # Copies that were never granted are ended before anybody can grant them.
         self.destinations.recover()
         self._server.start()
+        self._health.serving(True)
         self.destinations.start()
         for migration in self.sources.recover(self._watchdog.let_go):
             _log.warning("going on with migration %s", migration)
+        if self._collector is not None:
+            self._collector.recover()
 
     def stop(self) -> None:
         """Undo what was not granted, leave the rest on record, and end."""
+        self._health.serving(False)
         undone = self.sources.stop()
         self.destinations.stop()
         self._server.stop(STOP_GRACE).wait()
         self._receiver.close()
         self._memory.stop()
+        for close in self._closers:
+            close()
         self.journal.close()
         self._watchdog.close(needed=not undone)
         os.close(self._lock)
@@ -123,6 +138,26 @@ class Agent:
                 f"can't listen on {self.config.listen}: {error}",
                 advice="Is another agent running, or is the address not of this host?",
             ) from error
+
+    def _observe(self) -> None:
+        """Metrics and traces, where they are wanted: their packages are an extra."""
+        self._collector: AgentCollector | None = None
+        self._closers: list[Callable[[], None]] = []
+        if self.config.metrics_listen:
+            from agents.metrics import AgentCollector, MetricsServer  # noqa: PLC0415
+
+            self._collector = AgentCollector(self.host, self.sources, self.destinations, self._peak)
+            self.sources.listeners.append(self._collector.totals.count)
+            server = MetricsServer(self.config.metrics_listen, self._collector)
+            self._closers.append(server.close)
+            self.metrics_port = server.port
+            _log.info("metrics at port %d", server.port)
+        if self.config.otlp_endpoint:
+            from agents.tracing import Tracer  # noqa: PLC0415
+
+            tracer = Tracer(self.config.name, self.config.otlp_endpoint)
+            self.sources.listeners.append(tracer.ended)
+            self._closers.append(tracer.close)
 
     def _dial(self, name: str, address: str) -> Peer:
         return GrpcPeer(
@@ -184,6 +219,8 @@ def _only_agent(paths: HostPaths) -> int:
 def serve(config: AgentConfig, ready_fd: int | None = None) -> None:
     """Run an agent until SIGTERM or SIGINT. *ready_fd* gets its address when it answers."""
     faults.arm(os.environ.get(faults.VARIABLE, ""))
+    if config.log_format == "json":
+        use_json_lines(config.name)
     agent = Agent(config)
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

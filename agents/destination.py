@@ -118,6 +118,12 @@ class Destinations:
             except MigrateError as error:
                 _log.error("recovering %s: %s", migration, error)
 
+    def states(self) -> list[tuple[DestinationState | None, bool]]:
+        """Of each migration to this host that is known in memory: state, and if a copy lives."""
+        with self._lock:
+            live = list(self._live.values())
+        return [(migration.machine.state, migration.is_present()) for migration in live]
+
     def staging_ranges(self) -> tuple[tuple[int, int], ...]:
         """Addresses of all staging in this process, for the accounting of memory."""
         with self._lock:

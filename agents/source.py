@@ -50,6 +50,8 @@ class Sources:
         self._lock = host.clock.lock()
         self._live: dict[str, SourceMigration] = {}
         self._threads: dict[str, Thread] = {}
+        # Called with the report when this agent has done what it can for a migration.
+        self.listeners: list[Callable[[Report], None]] = []
 
     def start(
         self,
@@ -159,6 +161,17 @@ class Sources:
                     continue
         return result
 
+    def running(self) -> list[SourceMigration]:
+        """Migrations under way."""
+        with self._lock:
+            running = self._running()
+            return [m for m in self._live.values() if m.id in running]
+
+    def is_paused(self, migration: str) -> bool:
+        """Whether the journal says that queues of the process may be paused."""
+        record = self._host.journal.last(migration, "paused")
+        return record is not None and record.decode(bool)
+
     def state(self, migration: str) -> SourceState | None:
         """What the journal says, None if it says nothing of a migration from here."""
         record = self._state(migration)
@@ -215,10 +228,13 @@ class Sources:
         )
 
     def _launch(self, migration: SourceMigration, *, restarted: bool) -> None:
+        def drive() -> None:
+            report = migration.resume() if restarted else migration.run()
+            for listener in self.listeners:
+                listener(report)
+
         self._live[migration.id] = migration
-        self._threads[migration.id] = self._host.clock.start(
-            f"migrate-{migration.id}", migration.resume if restarted else migration.run
-        )
+        self._threads[migration.id] = self._host.clock.start(f"migrate-{migration.id}", drive)
 
     def _sender(self, migration: str, reservation: Reservation, options: Options) -> Sender:
         def connect(_stream: int) -> Channel:

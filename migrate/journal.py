@@ -177,18 +177,24 @@ class Journal:
         )
         return found[0].migration if found else None
 
+    def count(self, migration: str, kind: str) -> int:
+        """How many records of a kind a migration has."""
+        with self._lock, self._errors():
+            (count,) = self._db.execute(
+                "SELECT count(*) FROM records WHERE migration = ? AND kind = ?", (migration, kind)
+            ).fetchone()
+            return int(count)
+
     def next_number(self, migration: str, kind: str) -> int:
         """A number that was never given before for this migration and kind, from 1 on.
 
         Journaled before it is returned, so that a restart can't repeat one: stream
         epochs, and with them keys and nonces, hang on that.
         """
-        with self._lock, self._errors():
-            (count,) = self._db.execute(
-                "SELECT count(*) FROM records WHERE migration = ? AND kind = ?", (migration, kind)
-            ).fetchone()
-            self.append(migration, kind, count + 1)
-            return int(count) + 1
+        with self._lock:
+            number = self.count(migration, kind) + 1
+            self.append(migration, kind, number)
+            return number
 
     def close(self) -> None:
         """Close the file. The journal can't be used after."""

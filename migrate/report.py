@@ -124,6 +124,7 @@ class Report(Value):
     ``life``: what the destination saw of the released process within 3 seconds: "alive",
     "idle" (it did too little before for anything to be missed), "suspect" (it did
     something before and does nothing now), "ended", or "" if nobody looked.
+    ``stream_resumes``: connections that broke and were made anew.
     """
 
     id: str
@@ -146,6 +147,7 @@ class Report(Value):
     pending_packets: int = 0
     life: str = ""
     chunks_verified: int = 0
+    stream_resumes: int = 0
     source_peak: PeakMemory = PeakMemory()
     destination_peak: PeakMemory = PeakMemory()
     failure: Failure | None = None

@@ -171,7 +171,7 @@ class Drain:
     def run(self, file: StateFile) -> Summary:
         """Move everything, or as much as can be moved. Raises MigrateError before it begins."""
         state = file.load()
-        rows = self._fleet.processes(self._source)
+        rows = self._rows(wait=bool(state.members))
         known = {(m.pid, m.start_time, m.boot_id) for m in state.members}
         new = [Member.of(r) for r in rows if (r.pid, r.start_time, r.boot_id) not in known]
         if state.members:
@@ -193,6 +193,17 @@ class Drain:
             rows=tuple(task.ended or self._row(task, LEFT) for task in self._tasks),
             stopped=self._breaker.stopped,
         )
+
+    def _rows(self, *, wait: bool) -> list[ProcessRow]:
+        """The source's processes. *wait*: its agent may be away, for it was there before."""
+        deadline = self._clock.now() + self._policy.patience
+        while True:
+            try:
+                return self._fleet.processes(self._source)
+            except (AgentUnreachable, CertificateRejected):
+                if not wait or self._clock.now() > deadline:
+                    raise
+            self._clock.sleep(LOOK * 4)
 
     def _adopt(self, rows: Iterable[ProcessRow]) -> None:
         """Processes that somebody else is migrating already are followed, not started."""

@@ -98,6 +98,7 @@ class SourceFigures:
         self.gpu_map: GpuMap | None = None
         self.pending_packets = 0
         self.life = ""
+        self.stream_resumes = 0
         self.snapshot = 0.0  # seconds that stopping and checkpointing took the last time
         self.user_gpu_ids: dict[int, int] = {}  # actual gpu_id at the source: user_gpu_id
         self._sizes: dict[ObjectKind, int] = {}
@@ -173,6 +174,7 @@ class SourceFigures:
             pending_packets=self.pending_packets,
             life=self.life,
             chunks_verified=self._destination.chunks_verified,
+            stream_resumes=self.stream_resumes,
             source_peak=peak,
             destination_peak=self._destination.peak,
             failure=None if error is None else failure(error),

@@ -78,6 +78,11 @@ class Narrator:
         with self._changed:
             return tuple(self._phases)
 
+    def last(self) -> Event | None:
+        """The newest event."""
+        with self._changed:
+            return self._events[-1] if self._events else None
+
     def follow(self, first: int = 0) -> Iterator[Event | None]:
         """Events from number *first* on, until the end; None about once a second if none came.
 

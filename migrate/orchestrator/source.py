@@ -146,11 +146,16 @@ class SourceMigration:
             return self._finish(MigrationFailed("the source's agent died while it undid"))
         return self._finish(None)
 
+    def stream_resumes(self) -> int:
+        """Connections that broke and were made anew: every one has an epoch in the journal."""
+        return max(0, self.host.journal.count(self.id, "epoch") - self.options.streams)
+
     def report_now(self) -> Report:
         """The report as things stand; the last one, if the journal did not take it."""
         if self._report is not None:
             return self._report
         granted = self.side.machine.state is SourceState.GRANTED
+        self.figures.stream_resumes = self.stream_resumes()
         unanswered = granted and self.narrator.owner is Owner.UNKNOWN
         return self.figures.report(
             self.side.machine.state,
@@ -177,6 +182,7 @@ class SourceMigration:
             error = refusal(self.side.answer)
         alive = self.host.engine.is_alive(self.process)
         self.narrator.close_phase()
+        self.figures.stream_resumes = self.stream_resumes()
         report = self.figures.report(state, self.side.answer, error, alive, self.host.peak_memory())
         self.narrator.owner = report.owner
         if state in (SourceState.DONE, SourceState.ROLLED_BACK, None) or error is not None:

@@ -16,8 +16,8 @@ from typing import Self
 import msgspec
 
 from migrate.dataplane.access import MemoryAccess
+from migrate.dataplane.memory import ProcessMemoryAccess
 from migrate.engine import control, procfs
-from migrate.engine.cpumemory import ProcessMemory
 from migrate.engine.document import Document, Finish
 from migrate.engine.marker import Marker
 from migrate.engine.remote import Connection, RemoteFile
@@ -95,7 +95,7 @@ class Held:
 
     def memory(self, wanted: CpuRange) -> MemoryAccess:
         """Write access to a range; its ``pid`` (the source's) is not looked at."""
-        return ProcessMemory(self.process.pid, wanted.address, wanted.length)
+        return ProcessMemoryAccess(self.process.pid, wanted.address, wanted.length)
 
     def finish(self, gpus: Sequence[MovedGpu], bos: Sequence[MovedBo]) -> None:
         """Map BOs, rebuild the CPU state, and hold. Raises RestoreFailed, ProcessExited."""

@@ -15,8 +15,8 @@ from pathlib import Path
 import msgspec
 
 from migrate.dataplane.access import MemoryAccess
+from migrate.dataplane.memory import ProcessMemoryAccess
 from migrate.engine import control, procfs
-from migrate.engine.cpumemory import ProcessMemory
 from migrate.engine.document import Document
 from migrate.engine.held import Held
 from migrate.engine.marker import Marker
@@ -118,7 +118,7 @@ class ReexecEngine:
 
     def memory(self, process: ProcessRef, wanted: CpuRange) -> MemoryAccess:
         """See ProcessEngine."""
-        return ProcessMemory(process.pid, wanted.address, wanted.length)
+        return ProcessMemoryAccess(process.pid, wanted.address, wanted.length)
 
     def thaw(self, process: ProcessRef) -> None:
         """See ProcessEngine. Also releases a held process at the destination."""

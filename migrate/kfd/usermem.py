@@ -12,74 +12,28 @@ seen to write more than they counted.
 from __future__ import annotations
 
 import ctypes
-import errno
 import mmap
 import os
-from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-
-class _IoVec(ctypes.Structure):
-    _fields_ = (("iov_base", ctypes.c_void_p), ("iov_len", ctypes.c_size_t))
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_PROTOTYPE = (
-    ctypes.c_int,
-    ctypes.POINTER(_IoVec),
-    ctypes.c_ulong,
-    ctypes.POINTER(_IoVec),
-    ctypes.c_ulong,
-    ctypes.c_ulong,
-)
-
-
-def _function(name: str) -> Callable[..., int]:
-    function = getattr(_libc, name)
-    function.argtypes = _PROTOTYPE
-    function.restype = ctypes.c_ssize_t
-    return function  # type: ignore[no-any-return]
-
-
-_readv = _function("process_vm_readv")
-_writev = _function("process_vm_writev")
-
-
-def _transfer(function: Callable[..., int], local: int, remote: int, length: int) -> None:
-    done = 0
-    while done < length:  # one call moves less than 2 GiB
-        ours = _IoVec(local + done, length - done)
-        theirs = _IoVec(remote + done, length - done)
-        moved = function(os.getpid(), ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0)
-        if moved < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        if moved == 0:
-            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
-        done += moved
+from migrate import process_vm
 
 
 def read_memory(address: int, length: int) -> bytes:
     """*length* bytes at *address*. Raises OSError(EFAULT)."""
-    _check(address, length)
     buffer = ctypes.create_string_buffer(length)
-    _transfer(_readv, ctypes.addressof(buffer), address, length)
+    process_vm.read(os.getpid(), ctypes.addressof(buffer), address, length)
     return buffer.raw
 
 
 def write_memory(address: int, data: bytes) -> None:
     """Write *data* at *address*. Raises OSError(EFAULT), maybe after a part was written."""
-    _check(address, len(data))
     buffer = (ctypes.c_char * len(data)).from_buffer_copy(data)
-    _transfer(_writev, ctypes.addressof(buffer), address, len(data))
+    process_vm.write(os.getpid(), ctypes.addressof(buffer), address, len(data))
 
 
-def _check(address: int, length: int) -> None:
-    if address + length > 1 << 64:
-        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
-
-
+_libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _PROT_NONE = 0
 

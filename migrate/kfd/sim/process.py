@@ -9,6 +9,7 @@ import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from migrate import process_vm
 from migrate.kfd import uapi
 from migrate.kfd.sim.events import Events
 from migrate.kfd.sim.memory import AddressSpace, Backing, Bo
@@ -149,14 +150,20 @@ class SimProcess:
     def read_memory(self, address: int, length: int) -> bytes | None:
         """Bytes of a userptr; None if the process has nothing there."""
         buffer = ctypes.create_string_buffer(length)
-        if not _transfer(_libc.process_vm_readv, self.pid, buffer, address, length):
+        try:
+            process_vm.read(self.pid, ctypes.addressof(buffer), address, length)
+        except OSError:
             return None
         return buffer.raw
 
     def write_memory(self, address: int, data: bytes) -> bool:
         """Write into a userptr; False if the process has nothing there."""
         buffer = ctypes.create_string_buffer(data, len(data))
-        return _transfer(_libc.process_vm_writev, self.pid, buffer, address, len(data))
+        try:
+            process_vm.write(self.pid, ctypes.addressof(buffer), address, len(data))
+        except OSError:
+            return False
+        return True
 
     def send_sigsegv(self) -> None:
         """What the driver does when nobody waits for memory exceptions."""
@@ -164,38 +171,6 @@ class SimProcess:
             signal.pidfd_send_signal(self.pidfd, signal.SIGSEGV)
         except OSError:
             return  # gone, or not ours to signal
-
-
-class _IoVec(ctypes.Structure):
-    _fields_ = (("iov_base", ctypes.c_void_p), ("iov_len", ctypes.c_size_t))
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-for _name in ("process_vm_readv", "process_vm_writev"):
-    _function = getattr(_libc, _name)
-    _function.restype = ctypes.c_ssize_t
-    _function.argtypes = (
-        ctypes.c_int,
-        ctypes.POINTER(_IoVec),
-        ctypes.c_ulong,
-        ctypes.POINTER(_IoVec),
-        ctypes.c_ulong,
-        ctypes.c_ulong,
-    )
-
-
-def _transfer(
-    function: ctypes._NamedFuncPointer,
-    pid: int,
-    buffer: ctypes.Array[ctypes.c_char],
-    address: int,
-    length: int,
-) -> bool:
-    ours = _IoVec(ctypes.addressof(buffer), length)
-    theirs = _IoVec(address, length)
-    return bool(
-        function(pid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0) == length or length == 0
-    )
 
 
 def bo_by_handle(process: SimProcess, handle: int, missing: int = errno.EINVAL) -> Bo:

@@ -79,7 +79,22 @@ class TcpChannel:
 
     def send(self, buffers: Sequence[Buffer]) -> None:
         """See Channel."""
+        try:
+            sent = self._sock.sendmsg(buffers)
+        except BlockingIOError:
+            self.check()
+            self._notice_end()
+            sent = 0
+        if sent < sum(map(len, buffers)):
+            self._send_rest(buffers, sent)
+
+    def _send_rest(self, buffers: Sequence[Buffer], skip: int) -> None:
         pending = deque(memoryview(b).cast("B") for b in buffers if memoryview(b).nbytes)
+        while skip:
+            first = pending.popleft()
+            if skip < len(first):
+                pending.appendleft(first[skip:])
+            skip = max(0, skip - len(first))
         while pending:
             try:
                 sent = self._sock.sendmsg([pending[i] for i in range(min(len(pending), 8))])

@@ -17,6 +17,7 @@ DIGEST_SIZE = 16
 _libc = ctypes.CDLL(None)
 _memcmp = _libc.memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_ZEROS = bytes(64)
 _ZERO_DIGESTS: dict[int, bytes] = {}
 
 
@@ -51,7 +52,7 @@ def is_zero_at(address: int, length: int) -> bool:
     """
     if length < 128:
         return not any(ctypes.string_at(address, length))
-    if any(ctypes.string_at(address, 64)):
+    if ctypes.string_at(address, 64) != _ZEROS:
         return False
     return not _memcmp(address, address + 64, length - 64)
 
@@ -74,6 +75,20 @@ class ChunkTable:
         if not self.known[index]:
             return None
         return bytes(self.digests[index * DIGEST_SIZE : (index + 1) * DIGEST_SIZE])
+
+    def differing(self, first: int, digests: bytes) -> list[bool]:
+        """Which of the chunks from index *first* are not known to have these digests."""
+        count = len(digests) // DIGEST_SIZE
+        known = self.known[first : first + count]
+        if not any(known):
+            return [True] * count
+        mine = self.digests[first * DIGEST_SIZE : (first + count) * DIGEST_SIZE]
+        if mine == digests and all(known):
+            return [False] * count
+        return [
+            not known[i] or mine[at : at + DIGEST_SIZE] != digests[at : at + DIGEST_SIZE]
+            for i, at in enumerate(range(0, len(digests), DIGEST_SIZE))
+        ]
 
     def set_run(self, first: int, digests: bytes) -> None:
         """Digests of neighbouring chunks from index *first*."""

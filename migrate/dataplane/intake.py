@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 from migrate.dataplane import messages
 from migrate.dataplane.codecs import Decoder
@@ -33,6 +32,7 @@ class Intake:
         self._target = _NOTHING  # where the run under way goes
         self._unacked_bytes = 0
         self._unacked_frames = 0
+        self._refusing = _Refusing(self)
 
     def run(self) -> None:
         """Until the peer ends or errs. Raises EOFError, OSError, MigrateError.
@@ -42,27 +42,21 @@ class Intake:
         """
         while True:
             prefix, meta = self._reader.next()
-            with self._refusing():
+            with self._refusing:
                 run = self._begin(prefix, meta)
             if run is not None:
                 self._read_payload(run, prefix)
-                with self._refusing():
+                with self._refusing:
                     self._finish(run, prefix)
             self.placed = self._reader.sequence
             self._acknowledge(prefix)
 
-    @contextmanager
-    def _refusing(self) -> Iterator[None]:
-        try:
-            yield
-        except MigrateError as error:
+    def failed(self, error: BaseException) -> None:
+        """Refuse what the source itself said wrong, or what a bug here makes of it."""
+        if isinstance(error, MigrateError):
             self.refuse(error)
-            raise
-        except (OSError, EOFError):  # the wire, while answering
-            raise
-        except Exception as error:  # a bug: the source must not try for ever
+        elif isinstance(error, Exception) and not isinstance(error, (OSError, EOFError)):
             self.refuse(MigrateError(f"the destination failed: {error!r}"))
-            raise
 
     def refuse(self, error: MigrateError) -> None:
         """Tell the source why, now or when it connects again."""
@@ -124,3 +118,25 @@ class Intake:
         if due or prefix.kind in (Kind.SYNC, Kind.STATE_REQUEST):
             self._writer.write(Kind.ACK, messages.pack_ack(self.placed))
             self._unacked_bytes = self._unacked_frames = 0
+
+
+class _Refusing:
+    """Within it, errors are the source's fault, or a bug: it must not try for ever.
+
+    Except those of the wire (OSError, EOFError), met while answering.
+    """
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+
+    def __enter__(self) -> None:
+        """Nothing: made once, entered twice a frame."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._intake.failed(error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from migrate.dataplane.access import MemoryAccess
-from migrate.dataplane.chunks import address_of, digest, is_zero_at
+from migrate.dataplane.chunks import DIGEST_SIZE, address_of, chunk_count, digest, is_zero_at
 from migrate.dataplane.source import Round, SourceObject, Span, read
 
 
@@ -63,42 +63,56 @@ class SpanScan:
         )
 
     def _piece(self, offset: int, piece: memoryview, address: int) -> None:
+        """One piece, all its chunks at once: what is done for each of them alone is dear."""
         source, chunk = self._source, self._source.info.chunk
-        run_from = -1  # changed chunks not yet sent
-        run_digests = bytearray()
-        for at in range(0, len(piece), chunk):
-            part = piece[at : at + chunk]
-            index = (offset + at) // chunk
-            is_zero = is_zero_at(address + at, len(part))
-            found = source.seen.zero_digests(index, 1) if is_zero else digest(part)
-            source.seen.set_run(index, found)
-            differs = source.held.get(index) != found
-            self._count(offset + at, len(part), differs, is_zero)
-            if differs and not is_zero:
-                if run_from < 0:
-                    run_from = at
-                run_digests += found
-                continue
-            if run_from >= 0:
-                self._send_run(offset + run_from, piece[run_from:at], run_digests)
-                run_from, run_digests = -1, bytearray()
-            if differs:
-                self._zero(offset + at, len(part))
-        if run_from >= 0:
-            self._send_run(offset + run_from, piece[run_from:], run_digests)
+        first, count = offset // chunk, chunk_count(len(piece), chunk)
+        digests, zero = self._digests(piece, address, first)
+        source.seen.set_run(first, digests)
+        differs = source.held.differing(first, digests)
+        self._count(offset, len(piece), differs, zero)
+        start = 0
+        while start < count:  # neighbours of which the same is to be said
+            end, same = start + 1, (differs[start], zero[start])
+            while end < count and (differs[end], zero[end]) == same:
+                end += 1
+            at, to = start * chunk, min(end * chunk, len(piece))
+            if same == (True, False):
+                found = digests[start * DIGEST_SIZE : end * DIGEST_SIZE]
+                self._send_run(offset + at, piece[at:to], found)
+            elif same == (True, True):
+                self._zero(offset + at, to - at)
+            start = end
         if self._zero_from < 0:
             self._done = offset + len(piece)
 
-    def _count(self, offset: int, length: int, differs: bool, is_zero: bool) -> None:
-        if offset < self._fresh_from:
-            return
-        self._fresh_from = offset + length
-        self._sink.round.counters.scanned(length, differs, is_zero)
+    def _digests(self, piece: memoryview, address: int, first: int) -> tuple[bytes, list[bool]]:
+        """The digests of a piece's chunks, and which of them are zero."""
+        chunk = self._source.info.chunk
+        found, zero = [], []
+        for index, at in enumerate(range(0, len(piece), chunk), first):
+            part = piece[at : at + chunk]
+            zero.append(is_zero_at(address + at, len(part)))
+            found.append(self._source.seen.zero_digests(index, 1) if zero[-1] else digest(part))
+        return b"".join(found), zero
 
-    def _send_run(self, offset: int, raw: memoryview, digests: bytearray) -> None:
+    def _count(self, offset: int, length: int, differs: list[bool], zero: list[bool]) -> None:
+        """Count the chunks that were not counted before a cut."""
+        chunk, new = self._source.info.chunk, max(self._fresh_from - offset, 0)
+        changed = zeros = 0
+        for number in range(new // chunk, len(differs)):
+            if differs[number]:
+                size = min(chunk, length - number * chunk)
+                changed += size
+                zeros += size * zero[number]
+        scanned = max(length - new, 0)
+        self._fresh_from = max(self._fresh_from, offset + length)
+        counters = self._sink.round.counters
+        counters.add(scanned=scanned, changed=changed, unchanged=scanned - changed, zero=zeros)
+
+    def _send_run(self, offset: int, raw: memoryview, digests: bytes) -> None:
         self._flush_zeros()
         self._done = offset + len(raw)
-        self._sink.send_run(self._source, offset, raw, bytes(digests))
+        self._sink.send_run(self._source, offset, raw, digests)
 
     def _zero(self, offset: int, length: int) -> None:
         if self._zero_to != offset:

@@ -45,15 +45,6 @@ class Counters:
             for name, count in counts.items():
                 self._counts[name] += count
 
-    def scanned(self, length: int, differs: bool, is_zero: bool) -> None:
-        """A chunk was hashed and compared."""
-        with self._lock:
-            counts = self._counts
-            counts["scanned"] += length
-            counts["changed" if differs else "unchanged"] += length
-            if differs and is_zero:
-                counts["zero"] += length
-
     def sent(self, codec: Codec, raw: int, payload: int) -> None:
         """A run went out."""
         name = codec.name.lower()

@@ -47,7 +47,7 @@ class FrameReader:
         sealed = self._meta[: prefix.meta_length + TAG]
         with deadline(self._channel, FRAME_TIMEOUT):
             self._channel.receive_into(sealed)
-        return prefix, self._opener.open_meta(self._prefix, sealed)
+        return prefix, self._opener.open_checked(prefix, self._prefix, sealed)
 
     def payload(self, prefix: Prefix, into: memoryview) -> None:
         """Open the payload of the frame read last into *into*, of just its length."""

@@ -26,6 +26,7 @@ from migrate.dataplane.messages import ObjectInfo, ObjectKind
 from migrate.dataplane.receiver import Receiver
 from migrate.dataplane.sender import Sender
 from scenarios.bench import certs, data
+from scenarios.bench.programs import Workshop
 from scenarios.bench.rivals import STREAMS, Job, Sample, cpu, over_grpc, over_sockets, receiver
 
 SESSION, SECRET = bytes(16), bytes(range(32))
@@ -60,6 +61,9 @@ def ours(
 ) -> Sample:
     """Encrypted and every chunk's digest checked on arrival; with *place*, into a BO and back."""
     access = MmapAccess(job.fd, job.size, own=False)
+    piece = memoryview(bytearray(1 << 20))
+    for offset in range(0, job.size, len(piece)):  # mapped ahead, as for the bare copy
+        access.read(offset, piece[: job.size - offset])
     info = ObjectInfo(id=1, kind=ObjectKind.VRAM, size=job.size)
     epochs = itertools.count(1)
     with receiver(_our_receiver, job.size) as pipe:
@@ -88,7 +92,7 @@ def ours(
 Way = Callable[[Job], Sample]
 
 
-def rivals() -> dict[str, Way]:
+def rivals(programs: dict[str, Way]) -> dict[str, Way]:
     """Everything that moves random bytes over an unpaced loopback."""
     return {
         "bare": lambda job: over_sockets(job, encrypted=False),
@@ -96,6 +100,7 @@ def rivals() -> dict[str, Way]:
         "ours placed": lambda job: ours(job, place=True),
         "ssl": lambda job: over_sockets(job, encrypted=True),
         "grpc": over_grpc,
+        **programs,
     }
 
 
@@ -123,6 +128,12 @@ def interleaved(ways: Mapping[str, Way], job: Job, repeat: int) -> dict[str, obj
                 statistics.median(
                     base.seconds / one.seconds
                     for base, one in zip(samples[first], taken, strict=True)
+                ),
+                3,
+            ),
+            f"cpu ratio to {first}": round(
+                statistics.median(
+                    base.cpu / one.cpu for base, one in zip(samples[first], taken, strict=True)
                 ),
                 3,
             ),
@@ -161,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=512, help="MiB")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--only", choices=["rivals", "codecs"], help="one part")
-    parser.add_argument("--kinds", nargs="*", default=[*data.KINDS])
+    parser.add_argument("--kinds", nargs="*", default=[*data.KINDS, "weights"])
     parser.add_argument("--links", nargs="*", type=float, default=[0, 1, 5, 10, 25], help="Gbit/s")
     options = parser.parse_args(arguments)
     size = options.size << 20
@@ -170,7 +181,9 @@ def main(arguments: list[str] | None = None) -> int:
         certs.make(Path(folder))
         if options.only != "codecs":
             job = Job(fd=data.memfd("random", size), size=size, certs=folder)
-            result["rivals"] = interleaved(rivals(), job, options.repeat)
+            with tempfile.TemporaryDirectory(dir="/dev/shm") as files:
+                ways = rivals(Workshop(Path(files), job).ways())
+                result["rivals"] = interleaved(ways, job, options.repeat)
             os.close(job.fd)
         for kind in options.kinds if options.only != "rivals" else ():
             job = Job(fd=data.memfd(kind, size), size=size, certs=folder)

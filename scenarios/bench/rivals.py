@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import multiprocessing
-import os
 import socket
 import ssl
 import time
@@ -60,8 +59,7 @@ def receiver(target: Callable[..., None], *arguments: object) -> Iterator[Connec
 
 def cpu() -> float:
     """CPU seconds of this process so far."""
-    times = os.times()
-    return times.user + times.system
+    return time.process_time()
 
 
 def mapped(fd: int, size: int) -> memoryview:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import signal
@@ -218,6 +219,7 @@ def _only_agent(paths: HostPaths) -> int:
 
 def serve(config: AgentConfig, ready_fd: int | None = None) -> None:
     """Run an agent until SIGTERM or SIGINT. *ready_fd* gets its address when it answers."""
+    faulthandler.register(signal.SIGUSR1)  # stacks of all threads to stderr, for a stuck agent
     faults.arm(os.environ.get(faults.VARIABLE, ""))
     if config.log_format == "json":
         use_json_lines(config.name)

@@ -44,7 +44,7 @@ GRACE = 1.0  # seconds that a supervisor has to start a new agent
 AGAIN = 0.25  # seconds between attempts, e.g. while a helper of the dead agent still undoes
 GIVE_UP = 600.0  # seconds
 NOTES_ROOM = 64 << 10  # bytes taken beforehand
-LOCK_WAIT = 30.0  # seconds that a new agent waits for a watchdog at work
+LOCK_WAIT = 90.0  # seconds that a new agent waits for a watchdog at work on one process
 
 # The source's own to run: nothing was granted, or the grant was refused.
 MAY_RUN = frozenset(
@@ -135,16 +135,18 @@ class Rescue:
         with _locked(self._run / "watchdog.lock") as mine:
             if not mine:
                 return False
-            if _held(self._run / "agent.lock"):
-                _log.info("a new agent is there")
-                return True
             try:
                 records = read_records(self._run / "journal.db")
             except MigrateError as error:
                 _log.error("nothing is touched: %s", error)
                 return True
-            attempts = [self._let_go(m, found) for m, found in _by_migration(records).items()]
-            return all(attempts)
+            done = True
+            for migration, found in _by_migration(records).items():
+                if _held(self._run / "agent.lock"):
+                    _log.info("a new agent is there, and goes on")
+                    return True
+                done &= self._let_go(migration, found)
+            return done
 
     def _let_go(self, migration: str, records: Sequence[Record]) -> bool:
         """UNPAUSE and thaw one process. False: to be tried again."""

@@ -28,7 +28,7 @@ from migrate.inventory import HostEntry, Inventory, TlsFiles, load, to_toml
 from migrate.model import HostPaths
 from migrate.rpc.ca import Authority, Role, create_ca, issue
 
-READY_TIMEOUT = 30.0  # seconds for a node or an agent to be usable
+READY_TIMEOUT = 120.0  # seconds for a node or an agent to be usable, on a machine that is busy
 END_TIMEOUT = 20.0  # seconds for one to end after SIGTERM
 LOOPBACK = "127.0.0.1"
 
@@ -243,8 +243,17 @@ class Cluster:
         finally:
             os.close(reader)
         if not self._ready:
+            _tell_stacks(process)
+            end(process)  # it holds its host's lock: the next one must not meet it
             raise RuntimeError(f"{' '.join(arguments[:4])} did not start:\n{log.read_text()}")
         return process
+
+
+def _tell_stacks(process: subprocess.Popen[bytes]) -> None:
+    """Have one that is alive and not ready write where its threads are: see agents.daemon."""
+    if process.poll() is None and "agent" in process.args:  # type: ignore[operator]
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(1.0)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

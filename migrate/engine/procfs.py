@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from migrate.model import ProcessRef
 
 STOPPED = frozenset("Tt")
 ENDED = frozenset("ZX")
+_PF_EXITING = 0x4  # linux/sched.h
+_SIGKILL_BIT = 1 << (signal.SIGKILL - 1)
 _START_TIME = 22 - 3  # field 22 of stat, counted after the command's closing bracket
 
 
@@ -72,11 +75,22 @@ def _thread_states(pid: int) -> Iterator[str]:
 
 
 def is_ending(process: ProcessRef) -> bool:
-    """Whether it was killed, or exits, and is not gone yet: PF_EXITING in field 9 of stat."""
+    """Whether it was killed, or exits, and is not gone yet.
+
+    PF_EXITING in field 9 of stat, and before that a pending SIGKILL: one that was killed
+    while it stood is woken, looks as if it ran, and on a busy machine does so for long.
+    """
     try:
-        return exists(process) and bool(int(_stat(f"/proc/{process.pid}/stat")[6]) & 4)
-    except (OSError, IndexError):
+        return exists(process) and _ends(process.pid)
+    except (OSError, IndexError, NoSuchProcess):
         return False
+
+
+def _ends(pid: int) -> bool:
+    if int(_stat(f"/proc/{pid}/stat")[6]) & _PF_EXITING:
+        return True
+    pending = int(status(pid, "SigPnd") or "0", 16) | int(status(pid, "ShdPnd") or "0", 16)
+    return bool(pending & _SIGKILL_BIT)
 
 
 def threads(pid: int) -> list[int]:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 
 from migrate import faults
+from migrate.engine import procfs
 from migrate.engine.seam import ProcessEngine
 from migrate.errors import (
     Cancelled,
@@ -46,6 +47,8 @@ from migrate.status import DestinationState, Owner, SourceState, Status
 
 RETRY = 0.2  # seconds before the first repetition, doubled up to RETRY_MAX
 RETRY_MAX = 5.0
+ENDING = 30.0  # seconds that a killed process may take to be gone
+ENDING_POLL = 0.02  # seconds
 
 _NO_COPY_YET = frozenset({SourceState.SETUP, SourceState.ACTIVE})
 _BEFORE_GRANT = _NO_COPY_YET | {SourceState.DEVICE}
@@ -240,6 +243,7 @@ class SourceSide:
         )
 
     def _hold(self) -> SourceEvent:
+        self._wait_for_its_end()
         if not self.engine.is_alive(self.process) or self.engine.is_frozen(self.process):
             return Held()
         # An agent that was away may find it running (the engine's own freeze was undone
@@ -248,6 +252,14 @@ class SourceSide:
             self.engine.freeze(self.process)
             return Held()
         return Failed(why="the process is not frozen any more")
+
+    def _wait_for_its_end(self) -> None:
+        """One that somebody killed is woken to die. It does not run: it is about to be gone."""
+        deadline = self.clock.monotonic() + ENDING
+        while procfs.is_ending(self.process) and self.clock.monotonic() < deadline:
+            if not self.engine.is_alive(self.process):
+                return
+            self.stop.wait(ENDING_POLL)
 
     def _ask(self, token: bytes) -> SourceEvent | None:
         """Send the Grant until it is answered in a way that moves us, or we are stopped."""

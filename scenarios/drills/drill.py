@@ -85,7 +85,7 @@ class Drill(Value):
     alone: float = 0.0
     meanwhile: str = ""
     amount: float = 0.0
-    limit: float = 90.0
+    limit: float = 240.0
 
     def faults_of(self, side: str) -> str:
         """MIGRATE_FAULTS of one side's agent."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from scenarios.drills.runner import Play
 
 SEED = 23
-SOON = 20.0  # seconds for what was decided to be done, e.g. a copy to be ended
+SOON = 60.0  # seconds for what was decided to be done, e.g. a copy to be ended
 TICK = 0.03  # seconds between a record's time and a look that can tell
 ENDS_WELL = {"source", "destination"}
 
@@ -43,9 +43,9 @@ def processes(play: Play) -> None:
     play.runs = where(play)
     if play.runs in ENDS_WELL:
         before = play.steps()
-        wait_until(lambda: play.steps() > before + 10, 60, "the process to go on")
+        wait_until(lambda: play.steps() > before + 10, 120, "the process to go on")
         play.until.touch()
-        wait_until(play.result.exists, 60, "the job's result")
+        wait_until(play.result.exists, 120, "the job's result")
         result = json.loads(play.result.read_text())
         play.digest = result["digest"]
         twin = twin_digest(play.stage, result["steps"])

@@ -14,12 +14,14 @@ import msgspec
 
 from migrate import inventory
 from migrate.cli.following import abort
+from migrate.engine import procfs
 from migrate.kfd.sim.faults import Fault, arm
 from migrate.orchestrator.destination import CopyRecord
 from scenarios.cluster import wait_until
 from scenarios.drills.drill import Drill
 from scenarios.drills.stage import Side, Stage
 
+GONE_WAIT = 60.0  # seconds for a killed process to be gone
 LIMIT = 1  # bytes a file may grow to: every write of a journal that holds something fails
 
 
@@ -50,14 +52,14 @@ class Strike:
             case "operator":
                 abort(inventory.load(self._stage.inventory), "a", self.migration)
             case "workload":
-                os.kill(self._job, signal.SIGKILL)
+                end_process(self._job)
             case "copy":
-                os.kill(self._copy(), signal.SIGKILL)
+                end_process(self._copy())
             case "source-host" | "destination-host":
                 self._agent.kill()
                 copy = self._job if self.side_name == "source" else self._copy()
-                os.kill(copy, signal.SIGKILL)
-                self._agent.wait(30)
+                end_process(copy)
+                self._agent.wait(60)
             case "network":
                 self._hit_network()
             case "source-disk" | "destination-disk":
@@ -99,12 +101,12 @@ class Strike:
 
     def _hit_agent(self) -> None:
         if self._drill.action != "stop":
-            self._agent.wait(30)  # the fault point itself did it
+            self._agent.wait(60)  # the fault point itself did it
             return
         match self._drill.fault:
             case "kill":
                 self._agent.kill()
-                self._agent.wait(30)
+                self._agent.wait(60)
             case "terminate":
                 self._agent.terminate()
             case "pause":
@@ -167,6 +169,13 @@ def wait_stopped(pid: int, timeout: float) -> None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
     wait_until(stopped, timeout, f"process {pid} to stand")
+
+
+def end_process(pid: int) -> None:
+    """kill -9, and wait until it is gone: the agent that holds the moment goes on after that."""
+    process = procfs.reference(pid)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not procfs.is_alive(process), GONE_WAIT, f"process {pid} to be gone")
 
 
 def pause(seconds: float) -> None:

@@ -17,7 +17,7 @@ from scenarios.cluster import Cluster, steps_logged, wait_until
 STEPS = 800
 VRAM = 16 << 20
 PACE = 0.005  # seconds between steps: long enough a life to be moved in
-END = 90.0  # seconds for a job to end
+END = 110.0  # seconds for a job to end
 
 
 @dataclass

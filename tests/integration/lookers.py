@@ -12,11 +12,12 @@ from typing import Any, Protocol, Self
 import msgspec
 
 from migrate.engine import procfs
+from migrate.errors import NoSuchProcess
 from migrate.model import HostPaths
 from scenarios.cluster import Cluster, SimulatedHost, wait_until
 from tests.integration.jobs import migrate
 
-PATIENCE = 60.0  # seconds for something to come about; nothing is measured by it
+PATIENCE = 100.0  # seconds for something to come about; nothing is measured by it
 
 
 class HasPaths(Protocol):
@@ -86,11 +87,14 @@ def kill_agent(host: SimulatedHost) -> None:
 def is_runnable(pid: int | None) -> bool:
     """Whether a process exists and is not stopped as a whole.
 
-    A tracer's stop is a moment of a running process.
+    A tracer's stop is a moment of a running process. One that was killed is woken to die and
+    makes no step of its own any more.
     """
     if pid is None:
         return False
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, NoSuchProcess):
+        if procfs.is_ending(procfs.reference(pid)):
+            return False
         states = []
         for thread in Path(f"/proc/{pid}/task").iterdir():
             with contextlib.suppress(OSError):

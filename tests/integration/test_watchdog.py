@@ -19,6 +19,7 @@ from migrate.status import SourceState
 from scenarios.cluster import AgentSetup, Cluster, wait_until
 from tests.integration.jobs import Job, migrate, start_job
 
+PATIENCE = 100.0  # seconds for something to come about; nothing is measured by it
 WITHIN = 5.0  # seconds; the promise. Waits below are more generous, the report is not
 
 
@@ -34,21 +35,29 @@ def begin(cluster: Cluster, job: Job) -> subprocess.Popen[bytes]:
     )  # fmt: skip
 
 
-def killed_at(cluster: Cluster, point: str, name: str, steps: int = 4000) -> tuple[Job, ProcessRef]:
-    """A job whose source agent died at *point*. The job's reference was taken before."""
+def killed_at(cluster: Cluster, point: str, name: str) -> tuple[Job, ProcessRef]:
+    """A job whose source agent died at *point*; it ends when ``end_of`` is there.
+
+    The job's reference was taken before.
+    """
     cluster.kill_agent("a")
     cluster.start_agent("a", AgentSetup(environment={"MIGRATE_FAULTS": f"{point}=kill"}))
-    job = start_job(cluster, "a", name, steps=steps)
+    options = ("--until", str(end_of(cluster, name)))
+    job = start_job(cluster, "a", name, steps=1_000_000, options=options)
     process = procfs.reference(job.pid)
     agent = cluster.hosts["a"].agent
     assert agent is not None
     command = begin(cluster, job)
     try:
-        agent.wait(60)
+        agent.wait(PATIENCE)
     finally:
         command.kill()
         command.wait()
     return job, process
+
+
+def end_of(cluster: Cluster, name: str) -> Path:
+    return cluster.folder / f"{name}.end"
 
 
 def states(cluster: Cluster) -> list[SourceState]:
@@ -69,19 +78,19 @@ def test_a_source_that_was_not_granted_runs_again(pair: Cluster, point: str) -> 
     died = time.monotonic()
     before = job.steps()
     # More steps than were in flight need threads that run and queues that are not paused.
-    wait_until(lambda: job.steps() > before + 20, 30, "the job to run again")
+    wait_until(lambda: job.steps() > before + 20, PATIENCE, "the job to run again")
     print(f"{point}: runs again {time.monotonic() - died:.1f} s after its agent's death")
     assert not ReexecEngine(pair.hosts["a"].paths).is_frozen(process)
     assert states(pair)[-1] is SourceState.DEVICE  # the watchdog only reads the journal
     pair.start_agent("a", AgentSetup())
-    wait_until(lambda: states(pair)[-1] is SourceState.ROLLED_BACK, 30, "the agent's undo")
+    wait_until(lambda: states(pair)[-1] is SourceState.ROLLED_BACK, PATIENCE, "the agent's undo")
     job.runs_on()
 
 
 def test_a_granted_source_stays_frozen_and_its_copy_lives_on(pair: Cluster) -> None:
     job, process = killed_at(pair, "source.granted.after-write", "granted")
     engine = ReexecEngine(pair.hosts["a"].paths)
-    wait_until(lambda: no_watchdog(pair), 30, "the watchdog to have looked and gone")
+    wait_until(lambda: no_watchdog(pair), PATIENCE, "the watchdog to have looked and gone")
     assert engine.is_frozen(process)
     used = cpu_ticks(process.pid)
     deadline = time.monotonic() + WITHIN
@@ -90,17 +99,18 @@ def test_a_granted_source_stays_frozen_and_its_copy_lives_on(pair: Cluster) -> N
         time.sleep(0.2)
     assert cpu_ticks(process.pid) == used
     pair.start_agent("a", AgentSetup())
-    wait_until(lambda: not procfs.is_alive(process), 30, "the frozen copy to be ended")
+    wait_until(lambda: not procfs.is_alive(process), PATIENCE, "the frozen copy to be ended")
     job.runs_on()
 
 
 def test_a_job_that_was_let_go_and_ended_is_not_run_again(pair: Cluster) -> None:
     """An agent that finds no process where it had frozen one would grant the copy its life."""
-    job, process = killed_at(pair, "source.prepared", "ended", steps=400)
+    job, process = killed_at(pair, "source.prepared", "ended")
+    end_of(pair, "ended").touch()
     result = job.result()
-    wait_until(lambda: not procfs.is_alive(process), 30, "the job to end")
+    wait_until(lambda: not procfs.is_alive(process), PATIENCE, "the job to end")
     pair.start_agent("a", AgentSetup())
-    wait_until(lambda: states(pair)[-1] is SourceState.ROLLED_BACK, 30, "the agent's undo")
+    wait_until(lambda: states(pair)[-1] is SourceState.ROLLED_BACK, PATIENCE, "the agent's undo")
     assert SourceState.GRANTED not in states(pair)
     assert job.result() == result
     assert migrate(pair, "show", migration(pair)).failure["reason"] in {

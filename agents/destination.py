@@ -14,6 +14,7 @@ from migrate.orchestrator.destination import (
     CopyRecord,
     DestinationMigration,
     DestinationRecord,
+    KeptRecord,
     SourceRecord,
 )
 from migrate.orchestrator.handover import DestinationHandover
@@ -33,6 +34,7 @@ RESERVATION_LIFE = 300.0  # seconds a reservation outlives a source that can't b
 UNGRANTED = frozenset(
     {DestinationState.RESERVED, DestinationState.RESTORING, DestinationState.PREPARED}
 )
+# A source that reclaimed had granted, and this copy was revoked: nothing to be asked about.
 NOT_GRANTED = frozenset({SourceState.UNDOING, SourceState.ROLLED_BACK})
 
 
@@ -142,13 +144,14 @@ class Destinations:
         if state is None or source is None:
             return None
         record = state.decode(DestinationRecord)
-        copy = journal.last(migration, "copy")
+        copy, kept = journal.last(migration, "copy"), journal.last(migration, "kept")
         return DestinationMigration(
             migration,
             self._host,
-            DestinationHandover(record.state, record.token),
+            DestinationHandover(record.state, record.token, hold=kept is not None),
             source=source.decode(SourceRecord),
             copy=copy.decode(CopyRecord) if copy is not None else None,
+            ran=kept.decode(KeptRecord).ran if kept is not None else None,
         )
 
     def _look_after(self) -> None:

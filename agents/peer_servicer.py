@@ -110,21 +110,14 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
     ) -> peer_pb2.GrantReply:
         """Take the process, or refuse it for ever. No record is not a refusal."""
         found = self._find(request.migration, context)
-        if found is None:
-            reply = GrantReply(
-                answer=Answer.NO_RECORD,
-                store_id=self._journal.store_id,
-                message="this journal has no record of the migration",
-                figures=DestinationFigures(),
-            )
-        else:
-            reply = found.grant(request.token)
-        return peer_pb2.GrantReply(
-            answer=reply.answer.value,
-            store_id=reply.store_id,
-            message=reply.message,
-            figures=msgspec.json.encode(reply.figures),
-        )
+        return _reply(self._no_record() if found is None else found.grant(request.token))
+
+    def Revoke(
+        self, request: peer_pb2.RevokeRequest, context: grpc.ServicerContext
+    ) -> peer_pb2.GrantReply:
+        """Give a suspect copy back to a source that kept its own."""
+        found = self._find(request.migration, context)
+        return _reply(self._no_record() if found is None else found.revoke(request.token))
 
     def Cancel(
         self, request: peer_pb2.CancelRequest, context: grpc.ServicerContext
@@ -154,6 +147,14 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
             self._check_allowed(caller.name)
         return reply
 
+    def _no_record(self) -> GrantReply:
+        return GrantReply(
+            answer=Answer.NO_RECORD,
+            store_id=self._journal.store_id,
+            message="this journal has no record of the migration",
+            figures=DestinationFigures(),
+        )
+
     def _find(self, migration: str, context: grpc.ServicerContext) -> DestinationMigration | None:
         """The migration that a source speaks of, None if the journal has no record of it.
 
@@ -174,3 +175,12 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
                 advice="Add the host's name to allow_from in the destination agent's"
                 " configuration: an allowed source is as good as root there.",
             )
+
+
+def _reply(reply: GrantReply) -> peer_pb2.GrantReply:
+    return peer_pb2.GrantReply(
+        answer=reply.answer.value,
+        store_id=reply.store_id,
+        message=reply.message,
+        figures=msgspec.json.encode(reply.figures),
+    )

@@ -58,7 +58,13 @@ def _check_hosts(migration: str, hosts: set[str], owner: str, fenced: str) -> No
 def _at_source(sources: Sources, migration: str, source_owns: bool, fenced: str) -> str:
     state = sources.state(migration)
     if state is SourceState.GRANTED:
-        sources.get(migration).resolve(Resolved(source_owns=source_owns, fenced=fenced))
+        live = sources.get(migration)
+        if not source_owns and live.may_take_back():
+            raise UsageError(
+                f"{migration} keeps its source: its destination has to confirm first",
+                advice="Ask the owner's agent: it may have the order to give its copy back.",
+            )
+        live.resolve(Resolved(source_owns=source_owns, fenced=fenced))
         if source_owns:
             return f"the process will be thawed here; if it ran at {fenced}, {REPEATED}"
         return "the frozen copy here will be ended"

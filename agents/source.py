@@ -27,7 +27,13 @@ _log = logging.getLogger(__name__)
 PeerFactory = Callable[[str, str], Peer]  # name, address
 # A process of ours may still stand, and it is the source's.
 UNFINISHED = frozenset(
-    {SourceState.SETUP, SourceState.ACTIVE, SourceState.DEVICE, SourceState.UNDOING}
+    {
+        SourceState.SETUP,
+        SourceState.ACTIVE,
+        SourceState.DEVICE,
+        SourceState.RECLAIMED,
+        SourceState.UNDOING,
+    }
 )
 ENDED_STATES = frozenset({SourceState.DONE, SourceState.ROLLED_BACK})
 

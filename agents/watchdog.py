@@ -46,9 +46,15 @@ GIVE_UP = 600.0  # seconds
 NOTES_ROOM = 64 << 10  # bytes taken beforehand
 LOCK_WAIT = 90.0  # seconds that a new agent waits for a watchdog at work on one process
 
-# The source's own to run: nothing was granted, or the grant was refused.
+# The source's own to run: nothing was granted, or the grant was refused or taken back.
 MAY_RUN = frozenset(
-    {SourceState.SETUP, SourceState.ACTIVE, SourceState.DEVICE, SourceState.UNDOING}
+    {
+        SourceState.SETUP,
+        SourceState.ACTIVE,
+        SourceState.DEVICE,
+        SourceState.RECLAIMED,
+        SourceState.UNDOING,
+    }
 )
 
 

@@ -246,6 +246,14 @@ class SvmUnsupported(MigrateError):
     advice = "Start the process with SVM off (HSA_XNACK=0, no hipMallocManaged)."
 
 
+class ConnectedSockets(MigrateError):
+    """A process that may be taken back has connections: others would hear it twice."""
+
+    reason = "CONNECTED_SOCKETS"
+    exit_code = 49
+    advice = "Run it without --hold-source, or close the connections first."
+
+
 class ProcessExited(MigrateError):
     """The process ended by itself while it was being migrated."""
 
@@ -573,6 +581,25 @@ class DrainPaused(MigrationFailed):
     reason = "DRAIN_PAUSED"
     exit_code = 84
     advice = "Find out what the failures have in common, then give the same command again."
+
+
+class TakenBack(MigrationFailed):
+    """The copy ran and did nothing; it was ended, and the kept source runs on."""
+
+    reason = "TAKEN_BACK"
+    exit_code = 85
+    advice = (
+        "The released copy was suspect and is dead. What the process did after its freeze may be"
+        " done again. The log of the destination's agent and its kernel's may say why it hung."
+    )
+
+
+class GivenToSource(MigrationFailed):
+    """An operator gave the process to the source after a grant."""
+
+    reason = "RESOLVED_TO_SOURCE"
+    exit_code = 86
+    advice = "What the process did at the destination, if it ran there, is done again."
 
 
 # ---------------------------------------------------------------- needs an operator

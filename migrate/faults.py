@@ -49,6 +49,7 @@ POINTS: Mapping[str, str] = {
     "source.granted.before-write": "the process is held, GRANTED is not journaled",
     "source.granted.after-write": "GRANTED is journaled, the grant is not sent",
     "source.answered": "an answer to the grant came, nothing is journaled of it",
+    "source.reclaimed": "RECLAIMED is journaled, queues are paused and the process frozen",
     "source.releasing": "RELEASING is journaled, the frozen copy is there",
     "source.killed": "the frozen copy is ended, DONE is not journaled",
     "source.done": "DONE is journaled, the report is not",
@@ -69,6 +70,9 @@ POINTS: Mapping[str, str] = {
     "destination.owned.after-write": "OWNED is journaled, nothing of the copy runs",
     "destination.resumed": "the copy's queues may run, its threads are held",
     "destination.thawed": "the copy runs, the source has no answer",
+    "destination.confirmed": "CONFIRMED is journaled, the source has no answer",
+    "destination.revoking": "REVOKING is journaled, the suspect copy is there",
+    "destination.revoked": "REVOKED is journaled, the source has no answer",
     "destination.killed": "an attempt was given up: the copy is ended, that is not journaled",
     "destination.aborted": "ABORTED is journaled, the source has no answer",
 }

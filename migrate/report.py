@@ -123,8 +123,9 @@ class Report(Value):
     ``pending_packets``: packets that waited in the queues' rings when the process stood.
     ``life``: what the destination saw of the released process within 3 seconds: "alive",
     "idle" (it did too little before for anything to be missed), "suspect" (it did
-    something before and does nothing now), "ended", or "" if nobody looked.
-    ``stream_resumes``: connections that broke and were made anew.
+    something before and does nothing now), "ended", or "" if nobody looked. ``replayed``:
+    the source went on from its freeze though the copy had run, or may have: what the process
+    did since may be done again. ``stream_resumes``: connections that broke and were made anew.
     """
 
     id: str
@@ -146,6 +147,7 @@ class Report(Value):
     gpu_map: tuple[GpuRow, ...] = ()
     pending_packets: int = 0
     life: str = ""
+    replayed: bool = False
     chunks_verified: int = 0
     stream_resumes: int = 0
     source_peak: PeakMemory = PeakMemory()

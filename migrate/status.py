@@ -49,6 +49,7 @@ class SourceState(StrEnum):
     GRANTED = "GRANTED"  # point of no return: only an answer of the destination moves it
     RELEASING = "RELEASING"  # the destination owns it; the frozen copy is being ended
     DONE = "DONE"
+    RECLAIMED = "RECLAIMED"  # the destination gave it back: the source owns it, and undoes
     UNDOING = "UNDOING"  # the source owns it; it is being unpaused and thawed
     ROLLED_BACK = "ROLLED_BACK"
 
@@ -60,6 +61,9 @@ class DestinationState(StrEnum):
     RESTORING = "RESTORING"  # the copy is being built; nothing of it runs
     PREPARED = "PREPARED"  # placed, verified, held
     OWNED = "OWNED"  # granted: the copy may run
+    CONFIRMED = "CONFIRMED"  # seen alive while the source was kept: it is not given back any more
+    REVOKING = "REVOKING"  # suspect and asked back: it is being ended, nobody is told OWNED
+    REVOKED = "REVOKED"  # and proven dead: the source may run its own again
     REFUSING = "REFUSING"  # granted and could not start: nothing of it ran, nor ever will
     REFUSED = "REFUSED"  # and the copy is ended, for ever
     ABORTED = "ABORTED"  # never granted; copy ended
@@ -76,8 +80,9 @@ SOURCE_TRANSITIONS: Mapping[SourceState | None, frozenset[SourceState]] = {
     _S.SETUP: frozenset({_S.ACTIVE, _S.DEVICE, _S.UNDOING}),
     _S.ACTIVE: frozenset({_S.DEVICE, _S.UNDOING}),
     _S.DEVICE: frozenset({_S.GRANTED, _S.UNDOING}),
-    _S.GRANTED: frozenset({_S.RELEASING, _S.UNDOING}),
+    _S.GRANTED: frozenset({_S.RELEASING, _S.UNDOING, _S.RECLAIMED}),
     _S.RELEASING: frozenset({_S.DONE}),
+    _S.RECLAIMED: frozenset({_S.ROLLED_BACK}),
     _S.UNDOING: frozenset({_S.ROLLED_BACK}),
     _S.DONE: frozenset(),
     _S.ROLLED_BACK: frozenset(),
@@ -90,7 +95,11 @@ DESTINATION_TRANSITIONS: Mapping[DestinationState | None, frozenset[DestinationS
     _D.RESTORING: frozenset({_D.PREPARED, _D.ABORTED}),
     _D.PREPARED: frozenset({_D.OWNED, _D.ABORTED}),
     # OWNED to REFUSING only while no RESUME had an effect: see handover.py.
-    _D.OWNED: frozenset({_D.OWNED_DEAD, _D.REFUSING}),
+    # The two ways of a kept source exclude each other, for ever: CONFIRMED and REVOKING.
+    _D.OWNED: frozenset({_D.OWNED_DEAD, _D.REFUSING, _D.CONFIRMED, _D.REVOKING}),
+    _D.CONFIRMED: frozenset({_D.OWNED_DEAD}),
+    _D.REVOKING: frozenset({_D.REVOKED}),
+    _D.REVOKED: frozenset(),
     _D.REFUSING: frozenset({_D.REFUSED}),
     _D.REFUSED: frozenset(),
     _D.ABORTED: frozenset(),

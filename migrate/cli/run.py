@@ -57,6 +57,13 @@ SCHEMA_STARTED = "migrate.started/1"
     help="How long a cut connection may last before the migration is given up.",
 )
 @click.option(
+    "--hold-source",
+    is_flag=True,
+    help="Keep the frozen source until the copy was seen alive, some seconds after it was"
+    " released. A copy that does nothing though it did something before is ended and the source"
+    " runs on: what it did since the freeze may be done again. Refused if it has connections.",
+)
+@click.option(
     "--gpu-map",
     default="",
     metavar="OLD=NEW,...",
@@ -88,6 +95,7 @@ def run_command(
     bandwidth: float | None,
     streams: int,
     patience: float,
+    hold_source: bool,
     gpu_map: str,
     relax: tuple[str, ...],
     wait: bool,
@@ -106,6 +114,7 @@ def run_command(
         bandwidth=None if bandwidth is None else int(bandwidth * 1024 * 1024),
         streams=streams,
         patience=patience,
+        hold_source=hold_source,
         gpu_map=gpu_map,
         relax=relax,
     )

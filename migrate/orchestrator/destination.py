@@ -43,17 +43,22 @@ from migrate.orchestrator.handover import (
     Reply,
     Resolved,
     Restarted,
+    RevokeCame,
+    SeenAlive,
+    SeenSuspect,
     Start,
     Write,
 )
 from migrate.orchestrator.host import Host
-from migrate.orchestrator.life import SUSPECT, watch
+from migrate.orchestrator.life import ALIVE, ENDED, IDLE, SUSPECT
 from migrate.orchestrator.peer import GrantReply, PreparedReply
 from migrate.orchestrator.plan import Activity, ObjectOrder, RestoreOrder
 from migrate.report import DestinationFigures
 from migrate.status import DestinationState
 
 _log = logging.getLogger(__name__)
+
+LOOKS = 3  # that must all find a copy suspect before it may be asked back
 
 _BEFORE_WRITE = {
     DestinationState.PREPARED: "destination.prepared.before-write",
@@ -66,6 +71,25 @@ _AFTER_WRITE = {
     DestinationState.PREPARED: "destination.prepared.after-write",
     DestinationState.OWNED: "destination.owned.after-write",
     DestinationState.ABORTED: "destination.aborted",
+    DestinationState.CONFIRMED: "destination.confirmed",
+    DestinationState.REVOKING: "destination.revoking",
+    DestinationState.REVOKED: "destination.revoked",
+}
+_OWNS = frozenset(
+    {
+        DestinationState.OWNED,
+        DestinationState.CONFIRMED,
+        DestinationState.REVOKING,
+        DestinationState.OWNED_DEAD,
+    }
+)
+
+
+_SEEN: Mapping[str, DestinationEvent] = {
+    ALIVE: SeenAlive(),
+    IDLE: SeenAlive(),  # never suspect: it did too little before for anything to be missed
+    SUSPECT: SeenSuspect(),
+    ENDED: CopyDied(),
 }
 
 
@@ -84,6 +108,12 @@ class CopyRecord(Value):
 
     process: ProcessRef
     restored: tuple[RestoreProof, ...] = ()
+
+
+class KeptRecord(Value):
+    """The journal's ``kept`` record: the source keeps its copy; what ours is compared with."""
+
+    ran: Activity
 
 
 class SourceRecord(Value):
@@ -106,6 +136,7 @@ class DestinationMigration:
         source: SourceRecord,
         staging: Staging | None = None,
         copy: CopyRecord | None = None,
+        ran: Activity | None = None,
         close_session: Callable[[], None] = lambda: None,
     ) -> None:
         self.id = migration
@@ -126,7 +157,8 @@ class DestinationMigration:
         self._released_at = 0.0
         self._reply: GrantReply | None = None
         self._why = ""
-        self._ran = Activity()
+        self._ran = ran or Activity()
+        self._looks = False  # somebody watches the released copy
         self.life = ""  # what was seen of the copy after its release
 
     # ------------------------------------------------------------ calls of the source
@@ -143,8 +175,10 @@ class DestinationMigration:
             self.last_heard = self.host.clock.monotonic()
             if self.machine.state is not DestinationState.RESERVED:
                 raise MigrationFailed(f"this attempt is {self.machine.state} and can't be restored")
+            self._ran, self.machine.hold = order.ran, order.hold_source
+            if order.hold_source:
+                self.host.journal.append(self.id, "kept", KeptRecord(ran=order.ran))
             self._write(self.machine.to(DestinationState.RESTORING))
-            self._ran = order.ran
             try:
                 self._build(order, manifest)
                 self.feed(Built(token=secrets.token_bytes(16)))
@@ -164,26 +198,30 @@ class DestinationMigration:
         """The source gives the process away. Raises MigrationFailed for a stale token."""
         with self._lock:
             self.last_heard = self.host.clock.monotonic()
-            self._reply = None
             if self.machine.state is DestinationState.PREPARED and not self.is_present():
                 # Nothing of it ran: the source may have its process back at once.
                 self.feed(Failed(why="the copy died while it was held"))
-            self.feed(GrantCame(token=token))
-            if self._reply is None:
-                raise MigrationFailed(
-                    f"this grant is not of the copy at hand (state {self.machine.state})"
-                )
-            return self._reply
+            return self._answered(GrantCame(token=token))
+
+    def revoke(self, token: bytes) -> GrantReply:
+        """The source kept its copy and asks a suspect one back. Raises MigrationFailed."""
+        with self._lock:
+            self.last_heard = self.host.clock.monotonic()
+            return self._answered(RevokeCame(token=token))
+
+    def _answered(self, event: DestinationEvent) -> GrantReply:
+        self._reply = None
+        self.feed(event)
+        if self._reply is None:
+            raise MigrationFailed(f"this is not of the copy at hand (state {self.machine.state})")
+        return self._reply
 
     def cancel(self) -> bool:
         """The source will not grant. False if the process is owned here."""
         self._cancel.set()
         with self._lock:
             self.feed(CancelCame())
-            return self.machine.state not in (
-                DestinationState.OWNED,
-                DestinationState.OWNED_DEAD,
-            )
+            return self.machine.state not in _OWNS
 
     def resolve(self, fenced: str) -> None:
         """An operator fenced the source's host: the held copy is the process now.
@@ -191,9 +229,12 @@ class DestinationMigration:
         Raises UsageError if no copy is held here; nothing if it runs already.
         """
         with self._lock:
-            if self.machine.state is DestinationState.OWNED:
+            state = self.machine.state
+            undecided = state is DestinationState.OWNED and self.machine.hold
+            if state in (DestinationState.OWNED, DestinationState.CONFIRMED) and not undecided:
                 return
-            if self.machine.state is not DestinationState.PREPARED or not self.is_present():
+            decides = undecided or state is DestinationState.PREPARED
+            if not decides or not self.is_present():
                 raise UsageError(f"no copy is held here that could be owned ({self.machine.state})")
             self.feed(Resolved(source_owns=False, fenced=fenced))
 
@@ -292,13 +333,35 @@ class DestinationMigration:
             self.host.engine.thaw(copy)
             faults.point("destination.thawed")
             self._released_at = self.host.clock.monotonic()
-            if self._ran.seconds:
+            if self._ran.seconds and not self.machine.hold:
                 self.host.clock.start(f"life-{self.id}", lambda: self._watch(copy))
             self._drop_staging()
+        self._decide_by_life(copy)
         return None if self.host.engine.is_alive(copy) else CopyDied()
 
+    def _decide_by_life(self, copy: ProcessRef) -> None:
+        """With a kept source: look, and tell the machine, once in a run of the agent."""
+        undecided = self.machine.hold and self.machine.state is DestinationState.OWNED
+        if not undecided or self.machine.suspect or self._looks:
+            return
+        self._looks = True
+
+        def look() -> None:
+            try:
+                for _ in range(LOOKS):
+                    self._watch(copy)
+                    if self.life != SUSPECT:
+                        break
+                self.feed(_SEEN[self.life])
+            except MigrateError as error:  # a full disk: go_on() looks again
+                _log.error("migration %s: %s", self.id, error)
+            finally:
+                self._looks = False
+
+        self.host.clock.start(f"life-{self.id}", look)
+
     def _watch(self, copy: ProcessRef) -> None:
-        self.life = watch(self._ran, copy, self.host.engine, self.host.clock)
+        self.life = self.host.watch_life(self._ran, copy)
         log = _log.warning if self.life == SUSPECT else _log.info
         log("migration %s: the released process %d is %s", self.id, copy.pid, self.life)
 

@@ -99,6 +99,7 @@ class SourceFigures:
         self.pending_packets = 0
         self.life = ""
         self.stream_resumes = 0
+        self.replayed = False
         self.snapshot = 0.0  # seconds that stopping and checkpointing took the last time
         self.user_gpu_ids: dict[int, int] = {}  # actual gpu_id at the source: user_gpu_id
         self._sizes: dict[ObjectKind, int] = {}
@@ -173,6 +174,7 @@ class SourceFigures:
             gpu_map=self._gpu_rows(),
             pending_packets=self.pending_packets,
             life=self.life,
+            replayed=self.replayed,
             chunks_verified=self._destination.chunks_verified,
             stream_resumes=self.stream_resumes,
             source_peak=peak,

@@ -19,6 +19,16 @@ search. docs/handover.md has the states, the sequences and the evidence.
       | <------------------------- OWNED --- |
       | Write RELEASING; Kill; Write DONE    |
 
+With a kept source (``hold``) the destination first looks whether its copy lives, and says
+WATCHED meanwhile. Then it is one of these, never both, by the record that comes first::
+
+      | <------------------------- OWNED --- |  seen alive or idle; Write CONFIRMED
+      |
+      | <----------------------- SUSPECT --- |  it did something before and does nothing now
+      | --------------- Revoke(token) -----> |  Write REVOKING; Kill; Write REVOKED
+      | <----------------------- REVOKED --- |
+      | Write RECLAIMED; Undo; ROLLED_BACK   |
+
 Invariants, by name:
 
 ONE-RUNS      At no instant may both copies run: the source's is frozen from Hold until
@@ -29,7 +39,12 @@ NO-TIMEOUT    After GRANTED no timeout, abort, restart or failure moves the sour
 REFUSED-STAYS A destination that refused or aborted never runs that copy: a Grant that
               comes later is refused again. REFUSING is durable before the copy is ended,
               so that a copy found dead in OWNED, and only there, may have run.
-OWNED-STAYS   A destination never ends a copy that ran.
+OWNED-STAYS   A destination never ends a copy that ran, but a suspect one that a source
+              which keeps its own asks back.
+CONFIRMED-STAYS  With a kept source OWNED is answered only after CONFIRMED is durable, and
+              what is CONFIRMED is never revoked.
+REVOKED-DEAD  REVOKED is durable only after the copy is proven dead, and after REVOKING; only
+              REVOKED lets a source run again after its copy ran. Idle is never suspect.
 SEEN-ALIVE    OWNED is answered only while the copy is seen alive.
 NOT-KNOWN     "No record" and an answer from another journal (store id) are not refusals.
 WRITE-FIRST   Every decision is durable before its first effect, and every effect may be
@@ -60,6 +75,9 @@ class Answer(StrEnum):
     OWNED = "OWNED"
     REFUSED = "REFUSED"
     OWNED_DEAD = "OWNED_DEAD"
+    WATCHED = "WATCHED"  # it runs; whether it lives is being looked at (a kept source only)
+    SUSPECT = "SUSPECT"  # it runs and does nothing: it may be asked back (likewise)
+    REVOKED = "REVOKED"  # it was asked back, and is dead
     NO_RECORD = "NO_RECORD"
 
 
@@ -120,6 +138,20 @@ class GrantCame(Value):
     token: bytes
 
 
+class RevokeCame(Value):
+    """A source that kept its copy asks a suspect one back."""
+
+    token: bytes
+
+
+class SeenAlive(Value):
+    """The released copy is alive, or idle as it was before."""
+
+
+class SeenSuspect(Value):
+    """The released copy does nothing, though it did something before."""
+
+
 class CancelCame(Value):
     """The source says that it did not and will not grant."""
 
@@ -135,6 +167,9 @@ class CopyDied(Value):
 DestinationEvent: TypeAlias = (
     Built
     | GrantCame
+    | RevokeCame
+    | SeenAlive
+    | SeenSuspect
     | CancelCame
     | Failed
     | FirstResumeFailed
@@ -166,6 +201,12 @@ class SendGrant(Value):
     token: bytes
 
 
+class SendRevoke(Value):
+    """Ask a suspect copy back, while our own is there; the reply comes back as Answered."""
+
+    token: bytes
+
+
 class AskPrepared(Value):
     """Ask the destination whether it holds a prepared copy."""
 
@@ -192,10 +233,14 @@ class Reply(Value):
     answer: Answer
 
 
-SourceEffect: TypeAlias = Write | Hold | SendGrant | AskPrepared | SendCancel | Undo | Kill
+SourceEffect: TypeAlias = (
+    Write | Hold | SendGrant | SendRevoke | AskPrepared | SendCancel | Undo | Kill
+)
 DestinationEffect: TypeAlias = Write | Start | Kill | Reply
 
+OPERATOR = "operator: "  # begins the note of a decision that a person took
 _BEFORE_GRANT = frozenset({SourceState.SETUP, SourceState.ACTIVE, SourceState.DEVICE})
+_UNDOES = frozenset({SourceState.UNDOING, SourceState.RECLAIMED})
 
 
 class SourceHandover:
@@ -236,13 +281,13 @@ class SourceHandover:
             case Restarted(copy_present=present):
                 return self._restarted(present)
             case Resolved() if self.state is SourceState.GRANTED:
-                why = f"operator: {event.fenced} was fenced"
+                why = f"{OPERATOR}{event.fenced} was fenced"
                 if event.source_owns:
                     return (self.to(SourceState.UNDOING, why), Undo())
                 return (self.to(SourceState.RELEASING, why), Kill())
             case Done() if self.state is SourceState.RELEASING:
                 return (self.to(SourceState.DONE),)
-            case Done() if self.state is SourceState.UNDOING:
+            case Done() if self.state in _UNDOES:
                 return (self.to(SourceState.ROLLED_BACK),)
         return ()
 
@@ -259,14 +304,19 @@ class SourceHandover:
             return (self.to(SourceState.RELEASING), Kill())
         if event.answer is Answer.REFUSED:
             return (self.to(SourceState.UNDOING, "the destination refused the grant"), Undo())
-        return ()  # OWNED_DEAD, NO_RECORD: an operator decides
+        if event.answer is Answer.SUSPECT:
+            return (SendRevoke(token=self.token),)
+        if event.answer is Answer.REVOKED:
+            why = "the destination gave its suspect copy back"
+            return (self.to(SourceState.RECLAIMED, why), Undo())
+        return ()  # WATCHED: ask again. OWNED_DEAD, NO_RECORD: an operator decides
 
     def _restarted(self, copy_present: bool) -> tuple[SourceEffect, ...]:
         if self.state is SourceState.GRANTED:
             return (Hold(), SendGrant(token=self.token))
         if self.state is SourceState.RELEASING:
             return (Kill(),)
-        if self.state is SourceState.UNDOING:
+        if self.state in _UNDOES:
             return (Undo(),)
         if self.state is SourceState.DEVICE and not copy_present:
             # The destination's copy may be the only one left: do not abort it.
@@ -280,14 +330,28 @@ _UNGRANTED = frozenset(
     {DestinationState.RESERVED, DestinationState.RESTORING, DestinationState.PREPARED}
 )
 _NEVER_RAN = frozenset({DestinationState.REFUSED, DestinationState.ABORTED})
+_OWNS = frozenset({DestinationState.OWNED, DestinationState.CONFIRMED})
+_ENDS_IT = frozenset({DestinationState.REFUSING, DestinationState.REVOKING})
 
 
 class DestinationHandover:
-    """The destination's half. ``state`` is what its journal says; None: no record."""
+    """The destination's half. ``state`` is what its journal says; None: no record.
 
-    def __init__(self, state: DestinationState | None = None, token: bytes = b"") -> None:
+    ``hold``: the source keeps its copy until ours was seen alive (journaled with the order).
+    ``suspect``: what was seen of ours; a restarted agent looks anew.
+    """
+
+    def __init__(
+        self,
+        state: DestinationState | None = None,
+        token: bytes = b"",
+        hold: bool = False,
+        suspect: bool = False,
+    ) -> None:
         self.state = state
         self.token = token
+        self.hold = hold
+        self.suspect = suspect
 
     def to(self, state: DestinationState) -> Write:
         """The record that moves on to *state*. Raises IllegalTransition."""
@@ -307,6 +371,8 @@ class DestinationHandover:
                 return (self.to(DestinationState.PREPARED),)
             case GrantCame(token=token):
                 return self._granted(token)
+            case RevokeCame() | SeenAlive() | SeenSuspect():
+                return self._kept(event)
             case CancelCame() | Failed() if self.state in _UNGRANTED:
                 return (Kill(), self.to(DestinationState.ABORTED))
             case FirstResumeFailed() if self.state is DestinationState.OWNED:
@@ -315,9 +381,11 @@ class DestinationHandover:
                 return (self.to(DestinationState.REFUSING), Kill())
             case Done() if self.state is DestinationState.REFUSING:
                 return (self.to(DestinationState.REFUSED), Reply(answer=Answer.REFUSED))
-            case Resolved(source_owns=False) if self.state is DestinationState.PREPARED:
-                return (self.to(DestinationState.OWNED), Start())
-            case CopyDied() if self.state is DestinationState.OWNED:
+            case Done() if self.state is DestinationState.REVOKING:
+                return (self.to(DestinationState.REVOKED), Reply(answer=Answer.REVOKED))
+            case Resolved(source_owns=False):
+                return self._resolved()
+            case CopyDied() if self.state in _OWNS:
                 return (self.to(DestinationState.OWNED_DEAD), Reply(answer=Answer.OWNED_DEAD))
             case Restarted(copy_present=present):
                 return self._restarted(present)
@@ -328,8 +396,10 @@ class DestinationHandover:
             return (Reply(answer=Answer.NO_RECORD),)
         if self.state in _NEVER_RAN:
             return (Reply(answer=Answer.REFUSED),)
-        if self.state is DestinationState.REFUSING:
+        if self.state in _ENDS_IT:
             return (Kill(),)
+        if self.state is DestinationState.REVOKED:
+            return (Reply(answer=Answer.REVOKED),)
         if self.state is DestinationState.OWNED_DEAD:
             return (Reply(answer=Answer.OWNED_DEAD),)
         if token != self.token or self.state in {
@@ -337,20 +407,56 @@ class DestinationHandover:
             DestinationState.RESTORING,
         }:
             return ()  # TOKEN: not the grant of this copy
-        if self.state is DestinationState.OWNED:
-            return (Start(), Reply(answer=Answer.OWNED))
+        if self.state in _OWNS:
+            return (Start(), Reply(answer=self._what_it_is()))
         return (
             self.to(DestinationState.OWNED),
             Start(),
-            Reply(answer=Answer.OWNED),
+            Reply(answer=self._what_it_is()),
         )
+
+    def _what_it_is(self) -> Answer:
+        """The answer about a copy that runs."""
+        if not self.hold or self.state is DestinationState.CONFIRMED:
+            return Answer.OWNED
+        return Answer.SUSPECT if self.suspect else Answer.WATCHED
+
+    def _resolved(self) -> tuple[DestinationEffect, ...]:
+        """An operator gives the process to us: one that is held, or that nobody saw alive."""
+        if self.state is DestinationState.PREPARED:
+            return (self.to(DestinationState.OWNED), Start())
+        if self.state is DestinationState.OWNED and self.hold:
+            return (self.to(DestinationState.CONFIRMED), Start())
+        return ()
+
+    def _kept(self, event: DestinationEvent) -> tuple[DestinationEffect, ...]:
+        """What only a source that keeps its copy brings about."""
+        undecided = self.state is DestinationState.OWNED and self.hold
+        match event:
+            case RevokeCame(token=token):
+                return self._asked_back(token)
+            case SeenAlive() if undecided:
+                # The other way of a kept source, closed for ever before anybody hears OWNED.
+                return (self.to(DestinationState.CONFIRMED),)
+            case SeenSuspect() if undecided:
+                self.suspect = True
+        return ()
+
+    def _asked_back(self, token: bytes) -> tuple[DestinationEffect, ...]:
+        """A Revoke: only what runs, is suspect and was never confirmed is given back."""
+        held = self.state is DestinationState.PREPARED
+        if held or (self.state is not None and token != self.token):
+            return ()  # TOKEN; and one that is only held was never told of
+        if self.state is DestinationState.OWNED and self.hold and self.suspect:
+            return (self.to(DestinationState.REVOKING), Kill())
+        return self._granted(token)
 
     def _restarted(self, copy_present: bool) -> tuple[DestinationEffect, ...]:
         if self.state in _UNGRANTED:
             return (Kill(), self.to(DestinationState.ABORTED))
-        if self.state in _NEVER_RAN or self.state is DestinationState.REFUSING:
+        if self.state in _NEVER_RAN | _ENDS_IT or self.state is DestinationState.REVOKED:
             return (Kill(),)  # leavings of a crash between the record and the kill
-        if self.state is DestinationState.OWNED:
+        if self.state in _OWNS:
             if copy_present:
                 return (Start(),)
             return (self.to(DestinationState.OWNED_DEAD),)

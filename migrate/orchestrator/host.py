@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from migrate.engine.seam import ProcessEngine
+from migrate.engine.sockets import connected
 from migrate.journal import Journal
 from migrate.kfd.file import KfdFile, open_device
 from migrate.kfd.probe import bo_record_size
 from migrate.kfd.process import RestoreProof, resume
 from migrate.kfd.sysfs import read_topology, read_vram
-from migrate.model import HostPaths
+from migrate.model import HostPaths, ProcessRef
+from migrate.orchestrator import life
 from migrate.orchestrator.clock import Clock
+from migrate.orchestrator.plan import Activity
 from migrate.report import PeakMemory
 from migrate.topology.model import Topology
 
@@ -52,6 +55,14 @@ class Host:
     def resume(self, kfd: KfdFile, proof: RestoreProof) -> bool:
         """Let the queues of a restored process run. See ``migrate.kfd.process.resume``."""
         return resume(kfd, proof.process.pid, proof)
+
+    def watch_life(self, ran: Activity, process: ProcessRef) -> str:
+        """Watch a released process for some seconds. See ``migrate.orchestrator.life``."""
+        return life.watch(ran, process, self.engine, self.clock)
+
+    def connected_sockets(self, process: ProcessRef) -> tuple[str, ...]:
+        """Connections of a process and its children to others. See ``migrate.engine.sockets``."""
+        return connected(process)
 
 
 def available_memory() -> int:

@@ -71,6 +71,9 @@ class Peer(Protocol):
     def grant(self, migration: str, token: bytes) -> GrantReply:
         """Give the process away. Safe to repeat."""
 
+    def revoke(self, migration: str, token: bytes) -> GrantReply:
+        """Ask a suspect copy back, for a source that kept its own. Safe to repeat."""
+
     def cancel(self, migration: str, reason: str) -> bool:
         """End an attempt that was not granted. False: it is owned over there."""
 

@@ -21,6 +21,7 @@ class Options(Value):
     streams: int = 2
     gpu_map: str = ""  # as the user typed it: OLD=NEW,...
     relax: tuple[str, ...] = ()
+    hold_source: bool = False  # keep the frozen source until the copy was seen alive
     patience: float = 60.0  # seconds that streams may be cut, or a grant unanswered unreported
 
 
@@ -76,10 +77,14 @@ class Activity(Value):
 
 
 class RestoreOrder(Value):
-    """Everything but memory contents. Sent once, when the source is frozen."""
+    """Everything but memory contents. Sent once, when the source is frozen.
+
+    ``hold_source``: the source keeps its copy until the new one was seen alive.
+    """
 
     gpu_map: GpuMap
     image: CpuImage
     checkpoints: tuple[KfdCheckpoint, ...]
     objects: tuple[ObjectOrder, ...]
     ran: Activity = Activity()
+    hold_source: bool = False

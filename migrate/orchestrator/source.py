@@ -18,11 +18,13 @@ from migrate.engine import procfs
 from migrate.engine.seam import CpuImage, Survey
 from migrate.errors import (
     Cancelled,
+    ConnectedSockets,
     EngineUnsupported,
     MigrateError,
     MigrationFailed,
     NoSuchProcess,
     ProcessExited,
+    TakenBack,
     by_reason,
 )
 from migrate.kfd.process import Checkpointed, KfdCheckpoint, KfdProcess
@@ -38,13 +40,19 @@ from migrate.orchestrator.handover import (
     SourceHandover,
 )
 from migrate.orchestrator.host import Host
-from migrate.orchestrator.life import INTERVAL, WINDOW, Look, between, take_look
+from migrate.orchestrator.life import INTERVAL, SUSPECT, WINDOW, Look, between, take_look
 from migrate.orchestrator.narrator import Narrator
 from migrate.orchestrator.objects import ObjectTable, opened
 from migrate.orchestrator.peer import Peer, Reservation
 from migrate.orchestrator.plan import Activity, ObjectOrder, Options, RestoreOrder
 from migrate.orchestrator.rings import pending_packets
-from migrate.orchestrator.source_handover import SourceSide, note_pausing, note_unpaused, refusal
+from migrate.orchestrator.source_handover import (
+    SourceSide,
+    given_back,
+    note_pausing,
+    note_unpaused,
+    refusal,
+)
 from migrate.report import Report
 from migrate.status import Owner, SourceState, Status
 
@@ -140,6 +148,12 @@ class SourceMigration:
         """An operator decides, who fenced the other host. Counts while the grant is unanswered."""
         self.side.resolve(resolution)
 
+    def may_take_back(self) -> bool:
+        """Whether a kept source may have asked for a copy that the destination knows of."""
+        heard = self.side.heard
+        known = heard is None or heard.answer is not Answer.NO_RECORD
+        return self.options.hold_source and known
+
     def conclude(self) -> Report:
         """The report of a migration that ended, when its agent died before it was journaled."""
         if self.side.machine.state is SourceState.ROLLED_BACK:
@@ -178,6 +192,8 @@ class SourceMigration:
         state = self.side.machine.state
         if state in (SourceState.GRANTED, SourceState.RELEASING, SourceState.DONE):
             error = None  # what failed on the way did not decide
+        if state in (SourceState.RECLAIMED, SourceState.ROLLED_BACK):
+            error = self._given_back() or error
         if error is None and state is SourceState.ROLLED_BACK:
             error = refusal(self.side.answer)
         alive = self.host.engine.is_alive(self.process)
@@ -190,6 +206,14 @@ class SourceMigration:
             self._journal_report(report)
             self.narrator.end(report.status, report.owner, report.status)
         return report
+
+    def _given_back(self) -> MigrateError | None:
+        """What to say of a source that runs though a grant was given and not refused."""
+        found = given_back(self.host.journal, self.id)
+        self.figures.replayed = found is not None
+        if isinstance(found, TakenBack):
+            self.figures.life = SUSPECT
+        return found
 
     def _journal_report(self, report: Report) -> None:
         try:
@@ -234,6 +258,7 @@ class SourceMigration:
             raise by_reason(first.reason)(first.message, advice=first.advice)
         if not self.survey.kfd_processes:
             raise EngineUnsupported(f"process {self.process.pid} has no KFD state")
+        self._refuse_connections()
         topology = self.host.topology()
         with self._snapshot() as stopped:
             self._first_look = take_look(self.process, stopped.checkpoints, self.host.clock)
@@ -252,6 +277,12 @@ class SourceMigration:
         self._reservation = reservation
         self.figures.gpu_map = reservation.gpu_map
         self._sender = self.connect(self.id, reservation, self.options)
+
+    def _refuse_connections(self) -> None:
+        """A kept source may be run again from its freeze. Raises ConnectedSockets."""
+        found = self.host.connected_sockets(self.process) if self.options.hold_source else ()
+        if found:
+            raise ConnectedSockets(f"--hold-source, and there are connections: {'; '.join(found)}")
 
     def _precopy(self) -> None:
         """Rounds over live memory until stopping is cheap, or no longer gets cheaper."""
@@ -287,6 +318,7 @@ class SourceMigration:
         image = self.host.engine.freeze(self.process)
         downtime.lap("stop")
         faults.point("source.frozen")
+        self._refuse_connections()  # made since
 
         self.narrator.enter("checkpoint", Status.DEVICE)
         note_pausing(self.host.journal, self.id)
@@ -362,6 +394,7 @@ class SourceMigration:
             checkpoints=tuple(checkpoints),
             objects=self._bo_orders(checkpoints) + tuple(self._objects.ranges(image.ranges)),
             ran=self._ran,
+            hold_source=self.options.hold_source,
         )
 
     def _send_round(

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from migrate import faults
 from migrate.engine import procfs
 from migrate.engine.seam import ProcessEngine
 from migrate.errors import (
     Cancelled,
+    GivenToSource,
     JournalUnusable,
     MigrateError,
     NoSuchProcess,
     OwnerUnknown,
     PeerLost,
     Refused,
+    TakenBack,
 )
 from migrate.journal import Journal
 from migrate.kfd.process import KfdProcess
 from migrate.model import ProcessRef, Value
 from migrate.orchestrator.handover import (
+    OPERATOR,
     Answer,
     Answered,
     AskPrepared,
@@ -34,6 +38,7 @@ from migrate.orchestrator.handover import (
     Restarted,
     SendCancel,
     SendGrant,
+    SendRevoke,
     SourceEffect,
     SourceEvent,
     SourceHandover,
@@ -55,13 +60,19 @@ _BEFORE_GRANT = _NO_COPY_YET | {SourceState.DEVICE}
 # What was decided is done; a next start that does not know does it again, to no effect.
 _ENDS = frozenset({SourceState.DONE, SourceState.ROLLED_BACK})
 _HAS_COPY = frozenset(
-    {DestinationState.PREPARED, DestinationState.OWNED, DestinationState.OWNED_DEAD}
+    {
+        DestinationState.PREPARED,
+        DestinationState.OWNED,
+        DestinationState.CONFIRMED,
+        DestinationState.OWNED_DEAD,
+    }
 )
 
 _AFTER_WRITE = {
     SourceState.GRANTED: "source.granted.after-write",
     SourceState.RELEASING: "source.releasing",
     SourceState.DONE: "source.done",
+    SourceState.RECLAIMED: "source.reclaimed",
     SourceState.UNDOING: "source.undoing",
 }
 
@@ -185,7 +196,9 @@ class SourceSide:
             case Hold():
                 return self._hold()
             case SendGrant(token=token):
-                return self._ask(token)
+                return self._ask(token, self.peer.grant)
+            case SendRevoke(token=token):
+                return self._ask(token, self.peer.revoke)
             case AskPrepared():
                 return self._ask_prepared()
             case SendCancel():
@@ -261,32 +274,45 @@ class SourceSide:
                 return
             self.stop.wait(ENDING_POLL)
 
-    def _ask(self, token: bytes) -> SourceEvent | None:
-        """Send the Grant until it is answered in a way that moves us, or we are stopped."""
+    def _ask(self, token: bytes, call: Callable[[str, bytes], GrantReply]) -> SourceEvent | None:
+        """*call*, then Grants, until one is answered in a way that moves us, or we are stopped."""
         since, delay, told = self.clock.monotonic(), RETRY, False
         while not self.stop.is_set():
             if self._resolution is not None:
                 return self._resolution
             try:
-                reply = self.peer.grant(self.migration, token)
+                reply = call(self.migration, token)
             except MigrateError as error:
                 why = str(error)
             else:
                 self.heard = reply
                 event = Answered(answer=reply.answer, store_id=reply.store_id, token=token)
-                if self.machine.on(event):
+                if self._moves(event):
                     self.answer, self.answered_at = reply, self.clock.monotonic()
                     faults.point("source.answered")
                     return event
                 why = f"the destination answered {reply.answer} {reply.message}".rstrip()
                 if reply.store_id != self.machine.peer_store:
                     why += f" from another journal ({reply.store_id})"
+                if reply.answer is Answer.WATCHED:  # who answers so is there, and looks
+                    since, delay = self.clock.monotonic(), RETRY
+            call = self.peer.grant
             if not told and self.clock.monotonic() - since >= self.patience:
                 told = True
                 self._owner_unknown(why)
             self.stop.wait(delay)
             delay = min(delay * 2, RETRY_MAX)
         return None
+
+    def _moves(self, event: Answered) -> bool:
+        """Whether there is something to do about an answer.
+
+        Nothing is asked back that we could not go on with: our copy may be gone.
+        """
+        effects = self.machine.on(event)
+        if any(isinstance(effect, SendRevoke) for effect in effects):
+            return self.engine.is_frozen(self.process)
+        return bool(effects)
 
     def _owner_unknown(self, why: str) -> None:
         self.narrator.owner = Owner.UNKNOWN
@@ -368,6 +394,23 @@ def is_paused(journal: Journal, migration: str) -> bool:
     """Whether queues may be paused, as the journal knows."""
     record = journal.last(migration, "paused")
     return record is not None and record.decode(bool)
+
+
+def given_back(journal: Journal, migration: str) -> MigrateError | None:
+    """The error to report of a source that runs though a grant was given and not refused.
+
+    Its copy ran, or may have: it was taken back, or an operator decided so. None otherwise.
+    """
+    with contextlib.suppress(JournalUnusable):
+        for record in journal.history(migration):
+            if record.kind != "source":
+                continue
+            found = record.decode(StateRecord)
+            if found.state is SourceState.RECLAIMED:
+                return TakenBack("the destination's copy was suspect; the kept source runs on")
+            if found.state is SourceState.UNDOING and found.note.startswith(OPERATOR):
+                return GivenToSource(f"{found.note}; the source runs on")
+    return None
 
 
 def refusal(answer: GrantReply | None) -> MigrateError:

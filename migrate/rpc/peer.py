@@ -103,12 +103,15 @@ class GrpcPeer:
             reply = self._stub().Grant(
                 peer_pb2.GrantRequest(migration=migration, token=token), timeout=SHORT
             )
-        return GrantReply(
-            answer=Answer(peer_pb2.GrantReply.Answer.Name(reply.answer)),
-            store_id=reply.store_id,
-            message=reply.message,
-            figures=_decoded(reply.figures, DestinationFigures),
-        )
+        return _answer(reply)
+
+    def revoke(self, migration: str, token: bytes) -> GrantReply:
+        """Ask a suspect copy back; it is dead before the answer. Safe to repeat."""
+        with self._lost():
+            reply = self._stub().Revoke(
+                peer_pb2.RevokeRequest(migration=migration, token=token), timeout=3 * SHORT
+            )
+        return _answer(reply)
 
     def cancel(self, migration: str, reason: str) -> bool:
         """End an attempt that was not granted. False: it is owned over there."""
@@ -142,6 +145,15 @@ class GrpcPeer:
             return PeerLost(f"{self.name} at {self.address} does not answer: {text}")
 
         return translated(explain)
+
+
+def _answer(reply: peer_pb2.GrantReply) -> GrantReply:
+    return GrantReply(
+        answer=Answer(peer_pb2.GrantReply.Answer.Name(reply.answer)),
+        store_id=reply.store_id,
+        message=reply.message,
+        figures=_decoded(reply.figures, DestinationFigures),
+    )
 
 
 def _decoded(data: bytes, kind: type[S]) -> S:

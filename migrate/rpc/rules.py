@@ -48,6 +48,7 @@ RULES: Mapping[str, Rule] = {
     "/migrate.v1.Peer/Reserve": Rule(roles=AGENTS),
     "/migrate.v1.Peer/Restore": Rule(roles=AGENTS),
     "/migrate.v1.Peer/Grant": Rule(roles=AGENTS),
+    "/migrate.v1.Peer/Revoke": Rule(roles=AGENTS),
     "/migrate.v1.Peer/Cancel": Rule(roles=AGENTS),
     "/migrate.v1.Peer/Query": Rule(roles=AGENTS, acts=False),
 }

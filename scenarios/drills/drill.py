@@ -35,7 +35,7 @@ ACTORS = {
     "source-clock": {"jump"},
     "destination-clock": {"jump"},
     "source-gpu": {"scheduler_hang", "process_info_stall"},
-    "destination-gpu": {"restore_enomem"},
+    "destination-gpu": {"restore_enomem", "resume_dead"},
 }  # fmt: skip
 HELD_OPEN = "sleep:3"
 OWNERS = ("source", "destination", "unknown")
@@ -67,7 +67,8 @@ class Drill(Value):
     disk freed; with ``lasts`` only when the command has ended. ``prepare`` holds further fault
     points of agents, ``options`` those of ``migrate run``. ``alone`` seconds nobody mends
     anything, and ``meanwhile`` the process must run, or stay frozen and use no CPU time.
-    ``amount``: bytes or seconds or a share, as the fault wants. ``limit`` in seconds.
+    ``hangs``: the copy's queues never start, though RESUME says 0. ``amount``: bytes or seconds
+    or a share, as the fault wants. ``limit`` in seconds.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Drill(Value):
     lasts: bool = False
     prepare: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    hangs: bool = False
     alone: float = 0.0
     meanwhile: str = ""
     amount: float = 0.0

@@ -130,11 +130,14 @@ def history(
     if owned and (not granted or owned[0] < granted[0] - TICK):
         problems.append("OWNED before GRANTED")
     if granted:
-        decided = [at for at, state in source if state in {"RELEASING", "UNDOING"}]
+        decided = [at for at, state in source if state in {"RELEASING", "RECLAIMED", "UNDOING"}]
         until = (decided[0] if decided else time.time()) - TICK
         ran = overlaps(looks, play.job.pid, granted[0] + TICK, until)
         if ran and play.drill.actor not in {"workload", "source-host"}:
             problems.append(f"the source ran after GRANTED: {ran[0]}")
+    reclaimed = any(state == "RECLAIMED" for _, state in source)
+    if reclaimed and not any(state == "REVOKED" for _, state in destination):
+        problems.append("the source took back what the destination had not revoked")
     if any(state == "UNDOING" for _, state in source) and owned:
         refused = any(state == "REFUSED" for _, state in destination)
         if not refused:

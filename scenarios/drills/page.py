@@ -16,9 +16,12 @@ LANES = (
 )
 COLOURS = {
     "SETUP": "#cfe0f5", "ACTIVE": "#a9c8ee", "DEVICE": "#f6d58a", "GRANTED": "#f0a35e",
-    "RELEASING": "#a8d8b0", "DONE": "#6dbb7b", "UNDOING": "#d9c2ee", "ROLLED_BACK": "#b79adb",
+    "RELEASING": "#a8d8b0", "DONE": "#6dbb7b", "UNDOING": "#d9c2ee", "RECLAIMED": "#c9a8ee",
+    "ROLLED_BACK": "#b79adb",
     "RESERVED": "#cfe0f5", "RESTORING": "#f6d58a", "PREPARED": "#f0a35e", "OWNED": "#6dbb7b",
-    "REFUSING": "#e3a0a0", "REFUSED": "#d98080", "ABORTED": "#c9c9c9", "OWNED_DEAD": "#c05050",
+    "CONFIRMED": "#5aa868", "REVOKING": "#e3b0a0", "REVOKED": "#d99580",
+    "REFUSING": "#e3a0a0", "REFUSED": "#d98080", "ABORTED": "#c9c9c9",
+    "OWNED_DEAD": "#c05050",
     "runs": "#4f9d5d", "stands": "#b9c3cc", "source": "#5b8fd0", "destination": "#4f9d5d",
     "unknown": "#e0b040",
 }  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from migrate.errors import MigrateError
+from migrate.kfd.sim.faults import Fault, arm
 from scenarios.cluster import wait_until
 from scenarios.drills import judge
 from scenarios.drills.drill import Drill
@@ -73,6 +74,8 @@ class Play:
                 shim = drill.actor in {f"{side}-clock", f"{side}-disk"}
                 stage.arm(side, drill.faults_of(side), shim=shim)
             offsets = {side: stage.log_size(side) for side in stage.sides}
+            if drill.hangs:
+                arm(stage.sides["destination"].host.root, Fault.RESUME_DEAD)
             self._start_job()
             looks = Watch(self.log)
             looks.start()

@@ -5,7 +5,8 @@
     python -m scenarios.simulate --replay SEED                 one schedule, step by step
     python -m scenarios.simulate --mutate NAME                 a bug is planted: is it found?
     python -m scenarios.simulate --mutate all                  every bug, and the table
-    python -m scenarios.simulate --exhaustive [--broken 1]     every interleaving of the tables
+    python -m scenarios.simulate --exhaustive [--broken 1] [--hold]
+                                                               every interleaving of the tables
 
 Exit code 0: nothing was broken (with --mutate: every bug was found), 1 otherwise.
 """
@@ -38,6 +39,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--replay", type=int, metavar="SEED", help="run one and tell its story")
     parser.add_argument("--mutate", metavar="NAME", help="plant a bug; 'all' for each; 'list'")
     parser.add_argument("--exhaustive", action="store_true", help="check the tables instead")
+    parser.add_argument(
+        "--hold", action="store_true", help="the exhaustive check with a kept source"
+    )
     parser.add_argument(
         "--broken", type=int, default=0, help="hosts, journals, copies that are lost for good"
     )
@@ -130,18 +134,20 @@ def _exhaustive(options: argparse.Namespace) -> int:
         names = list(model_mutations.MUTATIONS)
     wrong = 0
     for name in names:
-        wrong += _search(name, options.broken)
+        bound = Bound(broken=options.broken, hold=options.hold or name in model_mutations.OF_HOLD)
+        wrong += _search(name, bound)
     return 1 if wrong else 0
 
 
-def _search(mutation: str, broken: int) -> bool:
+def _search(mutation: str, bound: Bound) -> bool:
     """Whether the result is not the one that is wanted."""
     began = time.monotonic()
     with model_mutations.planted(mutation):
-        found = Search(Bound(broken=broken)).run()
+        found = Search(bound).run()
     print(
         f"{mutation or 'as it is'}: {found.states} states, {found.transitions} transitions,"
-        f" {time.monotonic() - began:.0f} s, at most {broken} lost for good:"
+        f" {time.monotonic() - began:.0f} s, at most {bound.broken} lost for good"
+        f"{', with a kept source' if bound.hold else ''}:"
         f" {found.violation or 'no invariant is broken, an end can always be reached'}",
         flush=True,
     )

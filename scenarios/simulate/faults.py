@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from migrate import faults as points
+from migrate.orchestrator.destination import LOOKS
 
 if TYPE_CHECKING:
     from scenarios.simulate.nodes import Node
@@ -21,6 +22,7 @@ NAMED = (
     "send: Restore",
     "send: Cancel",
     "send: Query",
+    "send: Revoke",
     "engine: RESUME",
     "engine: thaw",
     "engine: kill",
@@ -44,7 +46,8 @@ KINDS: dict[str, int] = {  # weights
     "engine fails": 10,
     "agent killed, its engine fails": 5,
     "step fails": 3,
-    "queues never start": 1,
+    "queues never start": 3,
+    "alive and looks suspect": 1,
     "copy dies": 2,
     "agent down, then its copy dies": 2,
     "abort": 5,
@@ -89,6 +92,8 @@ class Faults:
                 self._engine[rng.choice(ENGINE)] = (first, first + rng.choice((1, 1, 2, 3, 1000)))
             case "queues never start":
                 self._engine[kind] = (0, 1)
+            case "alive and looks suspect":
+                self._engine[kind] = (0, LOOKS)
             case "messages lost" | "messages doubled" | "messages late":
                 self._rates[kind.split()[1]] = rng.choice((0.05, 0.2, 0.5))
             case _:

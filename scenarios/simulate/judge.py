@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from scenarios.simulate.processes import Copy
     from scenarios.simulate.world import World
 
-MAY_HAVE_RUN = frozenset({DestinationState.OWNED, DestinationState.OWNED_DEAD})
+MAY_HAVE_RUN = frozenset(
+    {DestinationState.OWNED, DestinationState.CONFIRMED, DestinationState.OWNED_DEAD}
+)
+TAKEN_BACK = frozenset({DestinationState.REVOKING, DestinationState.REVOKED})
 
 
 class Judge:
@@ -23,6 +26,7 @@ class Judge:
         self.found: list[tuple[str, str]] = []
         self.owned_was_answered = False
         self.refused_was_answered = False
+        self.revoked_was_answered = False
         self.granted = False
 
     def bug(self, why: str) -> None:
@@ -40,8 +44,17 @@ class Judge:
             self.owned_was_answered = True
             if not any(c.alive for c in self.world.destination_copies()):
                 self._broken("lost", "SEEN-ALIVE: OWNED is answered of a copy that is dead")
+            said = self.world.nodes["b"].recorded.get("destination")
+            if self.world.holds and said != DestinationState.CONFIRMED:
+                self._broken("lost", f"CONFIRMED-STAYS: OWNED is answered, {said} is journaled")
+            if self.revoked_was_answered:
+                self._broken("lost", "CONFIRMED-STAYS: OWNED is answered after REVOKED")
         if answer is Answer.REFUSED:
             self.refused_was_answered = True
+        if answer is Answer.REVOKED:
+            self.revoked_was_answered = True
+            if any(c.alive for c in self.world.destination_copies()):
+                self._broken("double", "REVOKED-DEAD: REVOKED is answered of a copy that lives")
 
     def recorded(self, kind: str, state: str) -> None:
         """A record is durable."""
@@ -60,7 +73,8 @@ class Judge:
             self._broken("double", "ONE-RUNS: both copies may run")
         if world.resolved:
             return
-        if copy is source and what == "let run" and any(c.ran for c in others):
+        again = copy is source and what == "let run"
+        if again and any(c.ran for c in others) and not self.revoked_was_answered:
             self._broken("double", "NO-REPLAY: the source runs again though the copy ran")
         if copy is not source and what in ("let run", "RESUME"):
             if copy.image_stints != source.stints:
@@ -68,9 +82,10 @@ class Judge:
             state = copy.node.recorded.get("destination")
             if state not in MAY_HAVE_RUN:
                 self._broken("double", f"REFUSED-STAYS: the copy runs, its journal says {state}")
-        if copy is source and what == "let run":
+        if again:
             state = copy.node.recorded.get("source")
-            if self.granted and not self.refused_was_answered:
+            given_back = self.refused_was_answered or self.revoked_was_answered
+            if self.granted and not given_back:
                 self._broken("double", "NO-TIMEOUT: the source undoes and nobody said REFUSED")
             noted = bool(notes(copy.node.disk.folder))  # the watchdog's own record
             if state == SourceState.DEVICE and self._may_be_granted() and not noted:
@@ -92,7 +107,17 @@ class Judge:
             if not self.owned_was_answered:
                 self._broken("lost", "NEVER-NONE: the source ended its copy without an OWNED")
         elif copy.ran:
+            self._ended_what_ran(copy)
+
+    def _ended_what_ran(self, copy: Copy) -> None:
+        """Only a suspect copy is ended, for a source that kept its own, and on record."""
+        world = self.world
+        if not world.holds or copy.node.recorded.get("destination") not in TAKEN_BACK:
             self._broken("lost", "OWNED-STAYS: the destination ended a copy that ran")
+        elif self.owned_was_answered:
+            self._broken("lost", "CONFIRMED-STAYS: a copy was ended after OWNED was answered")
+        elif not copy.looked_suspect:
+            self._broken("lost", "REVOKED-DEAD: a copy was ended that was not suspect")
 
     # ------------------------------------------------------------ at the end
 

@@ -15,7 +15,7 @@ from agents import destination as agents_destination
 from agents import watchdog
 from agents.destination import Destinations
 from migrate.errors import JournalUnusable, MigrateError, PeerLost
-from migrate.orchestrator import source_handover
+from migrate.orchestrator import destination, source_handover
 from migrate.orchestrator.destination import DestinationMigration
 from migrate.orchestrator.handover import (
     Answer,
@@ -24,10 +24,12 @@ from migrate.orchestrator.handover import (
     Failed,
     FirstResumeFailed,
     Reply,
+    SeenSuspect,
     SendGrant,
     Start,
     Write,
 )
+from migrate.orchestrator.life import IDLE
 from migrate.orchestrator.peer import GrantReply
 from migrate.orchestrator.source_handover import SourceSide, undo
 from migrate.status import DestinationState, SourceState
@@ -85,7 +87,7 @@ def stale_token() -> None:
 def thaw_on_timeout_after_granted() -> None:
     """A grant that is not answered in time is taken back."""
 
-    def impatient(_original: Any, self: SourceSide, token: bytes) -> Any:
+    def impatient(_original: Any, self: SourceSide, token: bytes, _call: Any) -> Any:
         try:
             reply = self.peer.grant(self.migration, token)
         except PeerLost as error:
@@ -181,7 +183,7 @@ def hook_unpause_in_hold() -> None:
 def unknown_is_refused() -> None:
     """NO_RECORD is taken for a refusal, whichever journal says it."""
 
-    def ask(original: Any, self: SourceSide, token: bytes) -> Any:
+    def ask(original: Any, self: SourceSide, token: bytes, _call: Any) -> Any:
         grant = self.peer.grant
 
         class Credulous:
@@ -203,7 +205,7 @@ def unknown_is_refused() -> None:
 
         peer, store = self.peer, self.machine.peer_store
         self.peer = Credulous()
-        return original(self, token)
+        return original(self, token, self.peer.grant)
 
     _wrap(SourceSide, "_ask", ask)
 
@@ -273,8 +275,8 @@ def refuse_before_the_record() -> None:
 def kill_before_releasing() -> None:
     """The source ends its copy when an answer comes, whichever it is."""
 
-    def ask(original: Any, self: SourceSide, token: bytes) -> Any:
-        event = original(self, token)
+    def ask(original: Any, self: SourceSide, token: bytes, call: Any) -> Any:
+        event = original(self, token, call)
         if isinstance(event, Answered):
             self.engine.kill(self.process)
         return event
@@ -308,6 +310,68 @@ def undo_forgets_the_queues() -> None:
     source_handover.undo = forgetful
 
 
+# ------------------------------------------------------------ of a kept source
+
+
+def reclaim_on_suspect() -> None:
+    """The source thaws as soon as the copy is called suspect, dead or not."""
+
+    def ask(original: Any, self: SourceSide, token: bytes, call: Any) -> Any:
+        event = original(self, token, call)
+        if isinstance(event, Answered) and event.answer is Answer.SUSPECT:
+            return Answered(answer=Answer.REVOKED, store_id=event.store_id, token=event.token)
+        return event
+
+    _wrap(SourceSide, "_ask", ask)
+
+
+def owned_before_confirmed() -> None:
+    """OWNED is answered of a kept copy that nobody saw alive yet."""
+
+    def answer(original: Any, self: DestinationMigration, said: Answer) -> Any:
+        return original(self, Answer.OWNED if said is Answer.WATCHED else said)
+
+    _wrap(DestinationMigration, "_answer", answer)
+
+
+def revoked_before_dead() -> None:
+    """REVOKED is answered while the suspect copy is being ended."""
+
+    def kill(original: Any, self: DestinationMigration) -> None:
+        if self.machine.state is DestinationState.REVOKING:
+            self.host.clock.start("end", lambda: original(self))
+        else:
+            original(self)
+
+    _wrap(DestinationMigration, "_kill", kill)
+
+
+def idle_is_suspect() -> None:
+    """A process that did too little to be missed is taken for one that hangs."""
+    destination._SEEN = {**destination._SEEN, IDLE: SeenSuspect()}
+
+
+def end_before_revoking() -> None:
+    """The suspect copy is ended before REVOKING is durable."""
+
+    def write(original: Any, self: DestinationMigration, record: Write) -> None:
+        if record.state is DestinationState.REVOKING:
+            self._kill()
+        original(self, record)
+
+    _wrap(DestinationMigration, "_write", write)
+
+
+def life_is_not_looked_at_again() -> None:
+    """A restarted destination does not look at a copy that nobody decided about."""
+
+    def decide(original: Any, self: DestinationMigration, copy: Any) -> None:
+        if self._held is not None:
+            original(self, copy)
+
+    _wrap(DestinationMigration, "_decide_by_life", decide)
+
+
 MUTATIONS: Mapping[str, Callable[[], None]] = {
     mutation.__name__: mutation
     for mutation in (
@@ -333,5 +397,11 @@ MUTATIONS: Mapping[str, Callable[[], None]] = {
         no_retry,
         no_upkeep,
         undo_forgets_the_queues,
+        reclaim_on_suspect,
+        owned_before_confirmed,
+        revoked_before_dead,
+        idle_is_suspect,
+        end_before_revoking,
+        life_is_not_looked_at_again,
     )
 }

@@ -107,20 +107,11 @@ class SimulatedPeer:
     def grant(self, migration: str, token: bytes) -> GrantReply:
         """See Peer."""
 
-        def handle(there: Agent) -> GrantReply:
-            found = there.destinations.find(migration)
-            if found is not None:
-                reply = found.grant(token)
-                there.node.world.judge.answered(reply.answer)
-                return reply
-            return GrantReply(
-                answer=Answer.NO_RECORD,
-                store_id=there.journal.store_id,
-                message="no record",
-                figures=DestinationFigures(),
-            )
+        return self._call("Grant", SHORT, lambda there: _answer(there, migration, token, "grant"))
 
-        return self._call("Grant", SHORT, handle)
+    def revoke(self, migration: str, token: bytes) -> GrantReply:
+        """See Peer."""
+        return self._call("Revoke", LONG, lambda there: _answer(there, migration, token, "revoke"))
 
     def cancel(self, migration: str, reason: str) -> bool:
         """See Peer."""
@@ -209,3 +200,18 @@ class SimulatedPeer:
                 world.scheduler.wake(call.waiter)
 
         world.network.send(there.name, self.agent.node.name, f"the answer to {name}", answer)
+
+
+def _answer(there: Agent, migration: str, token: bytes, what: str) -> GrantReply:
+    """What the servicer answers to a Grant or a Revoke."""
+    found = there.destinations.find(migration)
+    if found is not None:
+        reply = found.grant(token) if what == "grant" else found.revoke(token)
+        there.node.world.judge.answered(reply.answer)
+        return reply
+    return GrantReply(
+        answer=Answer.NO_RECORD,
+        store_id=there.journal.store_id,
+        message="no record",
+        figures=DestinationFigures(),
+    )

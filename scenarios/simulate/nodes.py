@@ -19,11 +19,11 @@ from migrate.engine.seam import ProcessEngine
 from migrate.errors import KfdUnavailable, StreamBroken
 from migrate.kfd.file import KfdFile
 from migrate.kfd.process import RestoreProof
-from migrate.model import HostPaths
+from migrate.model import HostPaths, ProcessRef
 from migrate.orchestrator.clock import Clock, Thread
 from migrate.orchestrator.host import Host
 from migrate.orchestrator.peer import Peer, Reservation
-from migrate.orchestrator.plan import Options
+from migrate.orchestrator.plan import Activity, Options
 from migrate.report import PeakMemory
 from migrate.topology.model import Topology
 from scenarios.simulate.disk import Disk, SimulatedJournal
@@ -81,6 +81,14 @@ class SimulatedHost(Host):
         engine.work(0.0005, "open kfd")
         engine.fails("open kfd", KfdUnavailable("open of /dev/kfd: EMFILE"))
         return no_file()
+
+    def watch_life(self, ran: Activity, process: ProcessRef) -> str:
+        """See Host."""
+        return cast(Engine, self.engine).watch_life(process)
+
+    def connected_sockets(self, process: ProcessRef) -> tuple[str, ...]:
+        """See Host."""
+        return ()
 
     def resume(self, kfd: KfdFile, proof: RestoreProof) -> bool:
         """See Host."""

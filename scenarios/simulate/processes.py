@@ -33,6 +33,7 @@ from migrate.kfd.file import KfdFile
 from migrate.kfd.privdata import PrivateData, encode
 from migrate.kfd.process import Checkpointed, KfdCheckpoint, KfdProcess, Restored, RestoreProof
 from migrate.model import ProcessRef
+from migrate.orchestrator.life import ALIVE, ENDED, IDLE, SUSPECT, WINDOW
 from migrate.preflight.facts import Facts
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class Copy:
         self.stints = stints
         self.ran = role == "source"
         self.death = ""
+        self.looked_suspect = False
+        self.hangs = False  # it was released and does nothing
 
     @property
     def may_run(self) -> bool:
@@ -296,8 +299,25 @@ class Engine:
         copy.queues_run = True
         if self.node.world.faults.fails(self.node, "queues never start"):
             self.node.world.tell(f"{self.node.name}: RESUME said 0 and no queue starts")
+            copy.hangs = True
         self.node.world.judge.saw(copy, "RESUME")
         return True
+
+    def watch_life(self, process: ProcessRef) -> str:
+        """What is seen of a released copy after some seconds; idle ones look like hung ones."""
+        world = self.node.world
+        world.scheduler.sleep(world.random.uniform(0.05, WINDOW))
+        copy = self.node.copies.get(process.pid)
+        world.scheduler.check()
+        if copy is None or not copy.alive:
+            return ENDED
+        if world.idles:
+            return IDLE
+        slow = world.faults.fails(self.node, "alive and looks suspect")
+        found = SUSPECT if copy.hangs or slow else ALIVE
+        copy.looked_suspect = found == SUSPECT
+        world.tell(f"{self.node.name}: the copy looks {found}")
+        return found
 
     # ------------------------------------------------------------ both
 

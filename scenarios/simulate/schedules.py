@@ -67,8 +67,9 @@ class Runner:
         return World(seed, self._scheduler, folder).run()
 
     def close(self) -> None:
-        """Remove its files."""
+        """Remove its files; others of this process may log again."""
         self._folder.cleanup()
+        logging.disable(logging.NOTSET)
 
 
 @contextmanager

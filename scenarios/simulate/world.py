@@ -6,6 +6,8 @@ import random
 import shutil
 from pathlib import Path
 
+import msgspec
+
 from agents.resolving import resolve
 from migrate import faults as fault_points
 from migrate.errors import MigrateError
@@ -55,6 +57,8 @@ class World:
         self.random = random.Random(f"world {seed}")
         self.story: list[str] = []
         self.resolved = ""
+        self.holds = self.random.random() < 0.4  # --hold-source
+        self.idles = self.random.random() < 0.1  # the process does so little that none is missed
         self.points = 0
         self.folder = folder
         self.network = Network(self)
@@ -131,7 +135,7 @@ class World:
             operator = True
             verdict = self._operate()
         if verdict != "ended" and not self.judge.found:
-            self.judge._broken("stuck", verdict)
+            self.judge._broken("stuck", f"LIVENESS: {verdict}")
         return self._outcome(operator)
 
     def _begin(self) -> None:
@@ -139,6 +143,7 @@ class World:
         if agent is None:
             return
         options = Options(precopy=self.random.random() < 0.3, max_rounds=2, patience=15.0)
+        options = msgspec.structs.replace(options, hold_source=self.holds)
 
         def start() -> None:
             try:
@@ -180,7 +185,11 @@ class World:
             self.resolved = "destination" if runs else "source"
             if not runs:
                 self.switch_off(there)
-            self._resolve(here.agent, *(("b", "a") if runs else ("a", "b")))
+            known = there.recorded.get("destination") is not None
+            if runs and self.holds and there.agent is not None and known:
+                self._resolve(there.agent, "b", "a")
+            else:
+                self._resolve(here.agent, *(("b", "a") if runs else ("a", "b")))
         elif here.agent is not None and said == SourceState.DEVICE:
             self.resolved = "given up"  # nobody has a copy any more
             next(iter(here.agent.sources._live.values())).abort()

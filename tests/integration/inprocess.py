@@ -85,8 +85,13 @@ class Direct:
 
     def grant(self, migration: str, token: bytes) -> GrantReply:
         found = self.there.all.find(migration)
-        if found is not None:
-            return found.grant(token)
+        return found.grant(token) if found is not None else self._no_record()
+
+    def revoke(self, migration: str, token: bytes) -> GrantReply:
+        found = self.there.all.find(migration)
+        return found.revoke(token) if found is not None else self._no_record()
+
+    def _no_record(self) -> GrantReply:
         return GrantReply(
             answer=Answer.NO_RECORD,
             store_id=self.there.host.journal.store_id,

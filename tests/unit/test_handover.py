@@ -23,8 +23,12 @@ from migrate.orchestrator.handover import (
     Reply,
     Resolved,
     Restarted,
+    RevokeCame,
+    SeenAlive,
+    SeenSuspect,
     SendCancel,
     SendGrant,
+    SendRevoke,
     SourceHandover,
     Start,
     Undo,
@@ -74,6 +78,55 @@ def test_the_straight_way_writes_before_it_acts() -> None:
     assert owner_of(S.GRANTED) is Owner.UNKNOWN
     assert shape(on(machine, answered(Answer.OWNED))) == ["RELEASING", "Kill"]
     assert shape(on(machine, Done())) == ["DONE"]
+
+
+def kept(state: D = D.OWNED, **more: bool) -> DestinationHandover:
+    return DestinationHandover(state, TOKEN, hold=True, **more)
+
+
+def test_a_kept_source_waits_until_the_copy_is_confirmed() -> None:
+    machine = kept()
+    assert on(machine, GrantCame(token=TOKEN))[-1] == Reply(answer=Answer.WATCHED)
+    assert shape(on(machine, SeenAlive())) == ["CONFIRMED"]
+    assert on(machine, GrantCame(token=TOKEN)) == (Start(), Reply(answer=Answer.OWNED))
+    assert on(machine, RevokeCame(token=TOKEN)) == (Start(), Reply(answer=Answer.OWNED))
+    assert shape(on(granted(), answered(Answer.WATCHED))) == []
+
+
+def test_a_suspect_copy_is_given_back_once_it_is_dead() -> None:
+    machine = kept()
+    assert on(machine, RevokeCame(token=TOKEN))[-1] == Reply(answer=Answer.WATCHED)
+    assert on(machine, SeenSuspect()) == ()
+    assert on(machine, GrantCame(token=TOKEN))[-1] == Reply(answer=Answer.SUSPECT)
+    assert shape(on(machine, RevokeCame(token=TOKEN))) == ["REVOKING", "Kill"]
+    assert shape(on(machine, SeenAlive())) == []
+    assert shape(on(machine, GrantCame(token=TOKEN))) == ["Kill"]
+    assert shape(on(machine, Done())) == ["REVOKED", "Reply"]
+    assert on(machine, GrantCame(token=TOKEN)) == (Reply(answer=Answer.REVOKED),)
+    source = granted()
+    assert on(source, answered(Answer.SUSPECT)) == (SendRevoke(token=TOKEN),)
+    assert shape(on(source, answered(Answer.REVOKED))) == ["RECLAIMED", "Undo"]
+    assert shape(on(source, Restarted(copy_present=True))) == ["Undo"]
+    assert shape(on(source, Done())) == ["ROLLED_BACK"]
+
+
+def test_nothing_is_given_back_without_a_kept_source_a_token_or_a_suspicion() -> None:
+    for machine in (
+        DestinationHandover(D.OWNED, TOKEN, suspect=True),
+        kept(suspect=False),
+        kept(D.PREPARED, suspect=True),
+        kept(D.CONFIRMED, suspect=True),
+        kept(D.OWNED_DEAD, suspect=True),
+    ):
+        assert "REVOKING" not in shape(on(machine, RevokeCame(token=TOKEN)))
+    assert on(kept(suspect=True), RevokeCame(token=b"stale")) == ()
+    assert on(kept(D.PREPARED), RevokeCame(token=TOKEN)) == ()
+    assert shape(on(kept(D.REVOKED), Restarted(copy_present=True))) == ["Kill"]
+
+
+def test_an_operator_confirms_a_copy_that_nobody_saw_alive() -> None:
+    machine = kept(suspect=True)
+    assert shape(on(machine, Resolved(source_owns=False, fenced="a"))) == ["CONFIRMED", "Start"]
 
 
 def test_a_refusal_undoes_only_after_it_is_durable() -> None:

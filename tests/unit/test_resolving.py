@@ -16,8 +16,9 @@ from migrate.status import SourceState as S
 class AtSource:
     """The agent of host a, which sends to b."""
 
-    def __init__(self, state: S | None) -> None:
+    def __init__(self, state: S | None, *, keeps: bool = False) -> None:
         self._state = state
+        self.keeps = keeps  # its copy, until the destination's is confirmed
         self.decided: list[Resolved] = []
 
     def destination_of(self, migration: str) -> str | None:
@@ -27,7 +28,7 @@ class AtSource:
         return self._state
 
     def get(self, _migration: str) -> Any:
-        return SimpleNamespace(resolve=self.decided.append)
+        return SimpleNamespace(resolve=self.decided.append, may_take_back=lambda: self.keeps)
 
 
 class AtDestination:
@@ -56,6 +57,13 @@ def ask_destination(owner: str, fenced: str, migration: str = "m") -> list[str]:
     there = cast(Destinations, destinations)
     resolve("b", nothing, there, migration, owner=owner, fenced=fenced)
     return destinations.fenced
+
+
+def test_a_source_that_keeps_its_copy_sends_the_operator_to_the_destination() -> None:
+    sources = cast(Sources, AtSource(S.GRANTED, keeps=True))
+    with pytest.raises(UsageError, match="confirm first"):
+        resolve("a", sources, cast(Destinations, None), "m", owner="b", fenced="a")
+    assert resolve("a", sources, cast(Destinations, None), "m", owner="a", fenced="b")
 
 
 def test_a_granted_source_takes_the_decision_and_says_what_it_costs() -> None:

@@ -125,11 +125,17 @@ class GrantReply(_message.Message):
         REFUSED: _ClassVar[GrantReply.Answer]
         OWNED_DEAD: _ClassVar[GrantReply.Answer]
         NO_RECORD: _ClassVar[GrantReply.Answer]
+        WATCHED: _ClassVar[GrantReply.Answer]
+        SUSPECT: _ClassVar[GrantReply.Answer]
+        REVOKED: _ClassVar[GrantReply.Answer]
     ANSWER_UNSPECIFIED: GrantReply.Answer
     OWNED: GrantReply.Answer
     REFUSED: GrantReply.Answer
     OWNED_DEAD: GrantReply.Answer
     NO_RECORD: GrantReply.Answer
+    WATCHED: GrantReply.Answer
+    SUSPECT: GrantReply.Answer
+    REVOKED: GrantReply.Answer
     ANSWER_FIELD_NUMBER: _ClassVar[int]
     STORE_ID_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +145,14 @@ class GrantReply(_message.Message):
     message: str
     figures: bytes
     def __init__(self, answer: _Optional[_Union[GrantReply.Answer, str]] = ..., store_id: _Optional[str] = ..., message: _Optional[str] = ..., figures: _Optional[bytes] = ...) -> None: ...
+
+class RevokeRequest(_message.Message):
+    __slots__ = ("migration", "token")
+    MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    migration: str
+    token: bytes
+    def __init__(self, migration: _Optional[str] = ..., token: _Optional[bytes] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("migration", "reason")

@@ -54,6 +54,11 @@ class PeerStub:
                 request_serializer=migrate_dot_v1_dot_peer__pb2.GrantRequest.SerializeToString,
                 response_deserializer=migrate_dot_v1_dot_peer__pb2.GrantReply.FromString,
                 _registered_method=True)
+        self.Revoke = channel.unary_unary(
+                '/migrate.v1.Peer/Revoke',
+                request_serializer=migrate_dot_v1_dot_peer__pb2.RevokeRequest.SerializeToString,
+                response_deserializer=migrate_dot_v1_dot_peer__pb2.GrantReply.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/migrate.v1.Peer/Cancel',
                 request_serializer=migrate_dot_v1_dot_peer__pb2.CancelRequest.SerializeToString,
@@ -95,6 +100,14 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Revoke(self, request, context):
+        """Asks a suspect copy back, for a source that kept its own (Options.hold_source). It is
+        dead, and that is journaled, before REVOKED is answered. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Cancel(self, request, context):
         """Ends an attempt that was not granted. Idempotent.
         """
@@ -130,6 +143,11 @@ def add_PeerServicer_to_server(servicer, server):
             'Grant': grpc.unary_unary_rpc_method_handler(
                     servicer.Grant,
                     request_deserializer=migrate_dot_v1_dot_peer__pb2.GrantRequest.FromString,
+                    response_serializer=migrate_dot_v1_dot_peer__pb2.GrantReply.SerializeToString,
+            ),
+            'Revoke': grpc.unary_unary_rpc_method_handler(
+                    servicer.Revoke,
+                    request_deserializer=migrate_dot_v1_dot_peer__pb2.RevokeRequest.FromString,
                     response_serializer=migrate_dot_v1_dot_peer__pb2.GrantReply.SerializeToString,
             ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
@@ -250,6 +268,33 @@ class Peer:
             target,
             '/migrate.v1.Peer/Grant',
             migrate_dot_v1_dot_peer__pb2.GrantRequest.SerializeToString,
+            migrate_dot_v1_dot_peer__pb2.GrantReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Revoke(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrate.v1.Peer/Revoke',
+            migrate_dot_v1_dot_peer__pb2.RevokeRequest.SerializeToString,
             migrate_dot_v1_dot_peer__pb2.GrantReply.FromString,
             options,
             channel_credentials,

@@ -11,6 +11,7 @@ class PeerStub:
     Reserve: grpc.UnaryUnaryMultiCallable[peer_pb2.ReserveRequest, peer_pb2.ReserveReply]
     Restore: grpc.UnaryUnaryMultiCallable[peer_pb2.RestoreRequest, peer_pb2.RestoreReply]
     Grant: grpc.UnaryUnaryMultiCallable[peer_pb2.GrantRequest, peer_pb2.GrantReply]
+    Revoke: grpc.UnaryUnaryMultiCallable[peer_pb2.RevokeRequest, peer_pb2.GrantReply]
     Cancel: grpc.UnaryUnaryMultiCallable[peer_pb2.CancelRequest, peer_pb2.CancelReply]
     Query: grpc.UnaryUnaryMultiCallable[peer_pb2.QueryRequest, peer_pb2.QueryReply]
 
@@ -26,6 +27,9 @@ class PeerServicer:
     ) -> peer_pb2.RestoreReply: ...
     def Grant(
         self, request: peer_pb2.GrantRequest, context: grpc.ServicerContext
+    ) -> peer_pb2.GrantReply: ...
+    def Revoke(
+        self, request: peer_pb2.RevokeRequest, context: grpc.ServicerContext
     ) -> peer_pb2.GrantReply: ...
     def Cancel(
         self, request: peer_pb2.CancelRequest, context: grpc.ServicerContext

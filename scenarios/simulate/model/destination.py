@@ -19,6 +19,9 @@ from migrate.orchestrator.handover import (
     Reply,
     Resolved,
     Restarted,
+    RevokeCame,
+    SeenAlive,
+    SeenSuspect,
     Start,
     Write,
 )
@@ -40,7 +43,14 @@ UNGRANTED = frozenset(
     {DestinationState.RESERVED, DestinationState.RESTORING, DestinationState.PREPARED}
 )
 NEVER_RAN = frozenset({DestinationState.REFUSED, DestinationState.ABORTED})
-OWNS = frozenset({DestinationState.OWNED, DestinationState.OWNED_DEAD})
+OWNS = frozenset(
+    {
+        DestinationState.OWNED,
+        DestinationState.CONFIRMED,
+        DestinationState.REVOKING,
+        DestinationState.OWNED_DEAD,
+    }
+)
 NOT_GRANTED = frozenset({SourceState.UNDOING, SourceState.ROLLED_BACK})
 
 
@@ -52,7 +62,8 @@ def tell(
     machine = DestinationHandover(*memory)
     effects = machine.on(event)
     assert machine.state == memory.state, "on() must not move the state"
-    return effects, DestinationDisk(machine.state, machine.token)
+    after = DestinationDisk(machine.state, machine.token, machine.hold, machine.suspect)
+    return effects, after
 
 
 @cache
@@ -60,7 +71,7 @@ def wrote(memory: DestinationDisk, record: Write) -> DestinationDisk:
     """The machine's memory after a record is durable."""
     machine = DestinationHandover(*memory)
     machine.wrote(record)
-    return DestinationDisk(machine.state, machine.token)
+    return DestinationDisk(machine.state, machine.token, machine.hold, machine.suspect)
 
 
 def steps(world: World) -> Iterator[Step]:
@@ -160,6 +171,9 @@ def _delivered(world: World, message: tuple[object, ...]) -> Step | None:
             return Step("the order to restore reaches the destination", _put(world, queued))
         case "grant":
             return Step("a grant reaches the destination", _grant(world, message[1]))
+        case "revoke":
+            event = RevokeCame(token=message[1])  # type: ignore[arg-type]
+            return Step("a revoke reaches the destination", _queue(world, event))
         case "cancel":
             return Step("a cancel reaches the destination", _queue(world, CancelCame(), "ack"))
         case "query":
@@ -185,13 +199,25 @@ def _upkeep(world: World) -> Iterator[Step]:
     if here.memory.state in UNGRANTED and world.source.up:
         yield Step("the destination asks the source", _put(world, here, said(world)))
     unfinished = here.memory.state is DestinationState.OWNED and here.copy != "runs"
-    if unfinished or here.memory.state is _state("REFUSING"):
+    ending = (DestinationState.REFUSING, DestinationState.REVOKING)
+    if unfinished or here.memory.state in ending:
         event = Restarted(copy_present=_present(here))
         yield Step("the destination goes on", _queue(world, event))
+    yield from _life(world)
 
 
-def _state(name: str) -> DestinationState | None:
-    return DestinationState.__members__.get(name)
+def _life(world: World) -> Iterator[Step]:
+    """What is seen of a released copy, once in a run of the agent."""
+    here = world.destination
+    memory = here.memory
+    undecided = memory.state is DestinationState.OWNED and memory.hold and here.copy == "runs"
+    if undecided and not memory.suspect:
+        yield Step("the copy is seen alive", _queue(world, SeenAlive()))
+        yield Step("the copy looks suspect", _queue(world, SeenSuspect()), False)
+    if undecided and memory.suspect and world.source.copy == "gone" and not world.resolved:
+        told = _queue(world, Resolved(source_owns=False, fenced="source"))
+        text = "the operator saw the suspect copy, and that there is no other"
+        yield Step(text, told._replace(resolved="destination"), False)
 
 
 def _build(world: World) -> Iterator[Step]:
@@ -251,7 +277,7 @@ def _start(world: World, go: DestinationHost) -> Iterator[Step]:
 
 def _write(world: World, record: Write, go: DestinationHost) -> Iterator[Step]:
     memory = wrote(go.memory, record)
-    disk = DestinationDisk(record.state, record.token)  # type: ignore[arg-type]
+    disk = DestinationDisk(record.state, record.token, memory.hold)  # type: ignore[arg-type]
     if not POLICY.writes_are_durable:
         yield Step(
             f"the destination believes {record.state} written",

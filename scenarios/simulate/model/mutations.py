@@ -14,6 +14,8 @@ from migrate.orchestrator.handover import (
     Failed,
     GrantCame,
     Kill,
+    Reply,
+    SeenAlive,
     SendGrant,
     SourceHandover,
     Start,
@@ -114,7 +116,46 @@ def _restart_aborts(on: On, machine: Any, event: Any) -> tuple[Any, ...]:
     return on(machine, event)
 
 
+def _reclaim_a_suspect(on: On, machine: Any, event: Any) -> tuple[Any, ...]:
+    suspect = isinstance(event, Answered) and event.answer is Answer.SUSPECT
+    if suspect and on(machine, event):
+        return (machine.to(SourceState.RECLAIMED), Undo())
+    return on(machine, event)
+
+
+def _owned_before_confirmed(on: On, machine: Any, event: Any) -> tuple[Any, ...]:
+    return tuple(
+        Reply(answer=Answer.OWNED)
+        if isinstance(effect, Reply) and effect.answer is Answer.WATCHED
+        else effect
+        for effect in on(machine, event)
+    )
+
+
+def _revoke_what_is_confirmed(on: On, machine: Any, event: Any) -> tuple[Any, ...]:
+    """A machine that forgets CONFIRMED, as if it were in memory only."""
+    if isinstance(event, SeenAlive):
+        machine.hold = False
+        return ()
+    return on(machine, event)
+
+
+def _revoked_before_dead(on: On, machine: Any, event: Any) -> tuple[Any, ...]:
+    effects = on(machine, event)
+    if effects and isinstance(effects[0], Write) and effects[0].state is DestinationState.REVOKING:
+        return (effects[0], Reply(answer=Answer.REVOKED), *effects[1:])
+    return effects
+
+
+# These show with a kept source only.
+OF_HOLD: Mapping[str, Mutation] = {
+    "reclaim_a_suspect": _machine(SourceHandover, _reclaim_a_suspect),
+    "owned_before_confirmed": _machine(DestinationHandover, _owned_before_confirmed),
+    "confirmed_in_memory_only": _machine(DestinationHandover, _revoke_what_is_confirmed),
+    "revoked_before_dead": _machine(DestinationHandover, _revoked_before_dead),
+}
 MUTATIONS: Mapping[str, Mutation] = {
+    **OF_HOLD,
     "thaw_on_timeout_after_granted": _machine(SourceHandover, _thaw_on_timeout),
     "unknown_is_refused": _machine(SourceHandover, _unknown_is_refused),
     "owned_dead_is_owned": _machine(SourceHandover, _owned_dead_is_owned),

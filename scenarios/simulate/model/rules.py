@@ -11,6 +11,7 @@ from scenarios.simulate.model.world import ENDS_COPY, TOKEN, Step, World, store_
 NEVER_RUNS = frozenset(
     {DestinationState.RESERVED, DestinationState.RESTORING, DestinationState.PREPARED}
     | {DestinationState.REFUSED, DestinationState.ABORTED}
+    | {DestinationState.REVOKING, DestinationState.REVOKED}
 )
 STANDS_STILL = frozenset({SourceState.GRANTED, SourceState.RELEASING})
 
@@ -23,13 +24,18 @@ def violations(before: World, step: Step) -> list[str]:
         found.append("ONE-RUNS: both copies may run")
     if _gone(after) and not _gone(before) and not after.broken:
         found.append("NEVER-NONE: no copy is left and nothing broke")
+    if _told(after, Answer.REVOKED):
+        if after.destination.copy == "runs":
+            found.append("REVOKED-DEAD: REVOKED is said of a copy that runs")
+        if _told(after, Answer.OWNED):
+            found.append("CONFIRMED-STAYS: both OWNED and REVOKED are said of a copy")
     return found
 
 
 def _of_source(before: World, after: World) -> Iterator[str]:
     source, destination = after.source, after.destination
     if source.copy == "runs" and before.source.copy != "runs":
-        if destination.ran and not after.resolved:
+        if destination.ran and not after.resolved and not _told(after, Answer.REVOKED):
             yield "NO-REPLAY: the source runs again though the copy ran"
         unsure = destination.disk.state in (DestinationState.RESTORING, DestinationState.PREPARED)
         if source.disk.state is SourceState.DEVICE and unsure:
@@ -40,6 +46,8 @@ def _of_source(before: World, after: World) -> Iterator[str]:
     if moved and before.source.disk.state is SourceState.GRANTED:
         if source.disk.state is SourceState.RELEASING and not _told(after, Answer.OWNED):
             yield "SEEN-ALIVE: the source ends its copy and nobody said OWNED"
+        if source.disk.state is SourceState.RECLAIMED and not _told(after, Answer.REVOKED):
+            yield "REVOKED-DEAD: the source reclaims and nobody said REVOKED"
         if source.disk.state is SourceState.UNDOING and not _told(after, Answer.REFUSED):
             yield "NO-TIMEOUT: the source undoes and nobody said REFUSED"
 
@@ -51,7 +59,8 @@ def _of_destination(before: World, step: Step) -> Iterator[str]:
             yield "NO-STALE: the copy runs though the source ran after its image"
         if destination.disk.state in NEVER_RUNS:
             yield f"REFUSED-STAYS: the copy runs and its journal says {destination.disk.state}"
-    if before.destination.copy == "runs" and step.name == ENDS_COPY:
+    taken_back = destination.disk.hold and destination.disk.state is DestinationState.REVOKING
+    if before.destination.copy == "runs" and step.name == ENDS_COPY and not taken_back:
         yield "OWNED-STAYS: the destination ends a copy that ran"
 
 
@@ -95,4 +104,6 @@ def needs_operator(world: World) -> bool:
             source.disk.state is SourceState.GRANTED and source.waits == "grant"
         )
     waits = source.disk.state is SourceState.GRANTED and source.waits == "grant"
-    return waits and destination.disk.state is DestinationState.OWNED_DEAD
+    # The destination's suspect copy may be the only one: nothing is asked back.
+    alone = destination.memory.suspect and source.copy == "gone"
+    return waits and (destination.disk.state is DestinationState.OWNED_DEAD or alone)

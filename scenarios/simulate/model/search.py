@@ -9,8 +9,17 @@ import msgspec
 
 from migrate.model import Value
 from migrate.orchestrator.handover import Answer
+from migrate.status import DestinationState
 from scenarios.simulate.model import destination, rules, source
-from scenarios.simulate.model.world import STALE, Message, Step, World, store_of
+from scenarios.simulate.model.world import (
+    STALE,
+    DestinationDisk,
+    DestinationHost,
+    Message,
+    Step,
+    World,
+    store_of,
+)
 
 
 class Bound(Value):
@@ -18,10 +27,11 @@ class Bound(Value):
     destination), a journal comes back empty (source, destination), a copy dies by itself.
 
     Crashes and restarts of agents, full disks, failing steps, lost, doubled, late and
-    reordered messages are not bounded.
+    reordered messages are not bounded. ``hold``: with a kept source.
     """
 
     broken: int = 0
+    hold: bool = False
 
 
 class Found(Value):
@@ -35,11 +45,15 @@ class Found(Value):
     stuck: int = 0
 
 
-def start() -> World:
+def start(*, hold: bool = False) -> World:
     """The source is about to freeze; a stale grant and stale answers are on the way."""
     stale: set[Message] = {("grant", STALE)}
+    if hold:
+        stale.add(("revoke", STALE))
     stale |= {("answer", answer, STALE, store_of(0)) for answer in (Answer.OWNED, Answer.REFUSED)}
-    return World(network=frozenset(stale))
+    disk = DestinationDisk(DestinationState.RESERVED, hold=hold)
+    there = DestinationHost(disk=disk, memory=disk)
+    return World(network=frozenset(stale), destination=there)
 
 
 def steps(world: World, bound: Bound) -> Iterator[Step]:
@@ -63,7 +77,7 @@ class Search:
 
     def run(self) -> Found:
         """Search until all is seen or an invariant is broken."""
-        self._add(start(), -1, "start")
+        self._add(start(hold=self.bound.hold), -1, "start")
         at = 0
         while at < len(self.worlds):
             world = self.worlds[at]

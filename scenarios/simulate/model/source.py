@@ -18,6 +18,7 @@ from migrate.orchestrator.handover import (
     Restarted,
     SendCancel,
     SendGrant,
+    SendRevoke,
     SourceEvent,
     SourceHandover,
     Undo,
@@ -98,7 +99,7 @@ def _down(world: World) -> Iterator[Step]:
     elif watched and source.copy == "frozen":
         after = source._replace(copy="runs", ran=True)
         yield Step("the source's watchdog thaws the copy", _put(world, after))
-    if state is SourceState.UNDOING and source.copy == "frozen":
+    if state in (SourceState.UNDOING, SourceState.RECLAIMED) and source.copy == "frozen":
         after = source._replace(copy="runs", ran=True)
         yield Step("the source's watchdog thaws the copy", _put(world, after))
     if source.epoch == 0:
@@ -154,7 +155,9 @@ def _answers(world: World, go: SourceHost) -> Iterator[Step]:
     for message in world.network:
         if message[0] == "answer":
             event = Answered(answer=message[1], token=message[2], store_id=message[3])  # type: ignore[arg-type]
-            if tell(go.memory, event)[0]:
+            effects = tell(go.memory, event)[0]
+            asks_back = any(isinstance(effect, SendRevoke) for effect in effects)
+            if effects and not (asks_back and go.copy != "frozen"):
                 yield Step(
                     f"the answer {message[1]} reaches the source",
                     _put(world, go._replace(queue=(event,))),
@@ -179,7 +182,8 @@ def _operator(world: World, go: SourceHost) -> Iterator[Step]:
             _put(world, told)._replace(resolved="source"),
             False,
         )
-    if other.copy == "runs":
+    # One that keeps its copy is told by the destination, which confirms first: see resolving.py.
+    if other.copy == "runs" and (not other.disk.hold or other.disk.state is None):
         told = go._replace(queue=(Resolved(source_owns=False, fenced="source"),))
         yield Step(
             "the operator saw it run and gives the process to the destination",
@@ -216,6 +220,9 @@ def _perform(world: World) -> Iterator[Step]:
         case SendGrant(token=token):
             sent = go._replace(waits="grant")
             yield Step("the source sends the grant", _put(world, sent, ("grant", token)))
+        case SendRevoke(token=token):
+            sent = go._replace(waits="grant")
+            yield Step("the source asks its copy back", _put(world, sent, ("revoke", token)))
         case AskPrepared():
             yield Step("the source asks", _put(world, go._replace(waits="query"), ("query",)))
         case SendCancel():

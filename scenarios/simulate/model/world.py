@@ -34,10 +34,15 @@ class SourceDisk(NamedTuple):
 
 
 class DestinationDisk(NamedTuple):
-    """What the destination's journal says; also what its machine has in memory."""
+    """What the destination's journal says; also what its machine has in memory.
+
+    ``hold``: the source keeps its copy until ours was seen alive. ``suspect``: in memory only.
+    """
 
     state: DestinationState | None
     token: bytes = b""
+    hold: bool = False
+    suspect: bool = False
 
 
 class SourceHost(NamedTuple):

@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from scenarios.lab.layout import LabError, Layout, output, run
+from scenarios.lab.layout import LabError, Layout, output, replace_tree, run
 
 HOST_PACKAGES = (
     "qemu-system-x86",
@@ -94,12 +94,40 @@ def bootstrap(layout: Layout, suite: str, target: Path, packages: tuple[str, ...
         *("--include", ",".join(packages), suite, target, archive),
         log=log,
     )
-    signed = f"[signed-by={KEYRING}]"
     (target / "etc/apt/sources.list").write_text(
-        f"deb {signed} {archive} {suite} main\ndeb {signed} {security} {suite}-security main\n"
+        _source(archive, suite) + _source(security, f"{suite}-security")
     )
     (target / "etc/apt/apt.conf.d/90lab").write_text(_apt_settings())
     shutil.copy("/etc/resolv.conf", target / "etc/resolv.conf")
+
+
+def _source(archive: str, suite: str) -> str:
+    return f"deb [signed-by={KEYRING}] {archive} {suite} main\n"
+
+
+def unpack(layout: Layout, root: Path, suite: str, packages: tuple[str, ...], target: Path) -> None:
+    """Unpack *packages* of another *suite*, and nothing they depend on, into *target*.
+
+    *root* is a Debian root file system with *target* below it; what is installed in it
+    stays as it is.
+    """
+    work = root / "tmp/unpack"
+    replace_tree(work)
+    for folder in ("lists/partial", "debs"):
+        (work / folder).mkdir(parents=True)
+    (work / "sources.list").write_text(_source(mirrors()[0], suite))
+    apt = (
+        "apt-get -o Dir::Etc::SourceList=/tmp/unpack/sources.list -o Dir::Etc::SourceParts=-"
+        " -o Dir::State::Lists=/tmp/unpack/lists -o Dir::Cache::pkgcache= "
+        " -o Dir::Cache::srcpkgcache= -o APT::Sandbox::User=root"
+    )
+    below = "/" / target.relative_to(root)
+    script = (
+        f"set -e; cd /tmp/unpack/debs; {apt} update; {apt} download {' '.join(packages)};"
+        f" mkdir -p {below}; for deb in *.deb; do dpkg-deb -x $deb {below}; done"
+    )
+    in_root(layout, root, "sh", "-c", script)
+    replace_tree(work)
 
 
 def _apt_settings() -> str:

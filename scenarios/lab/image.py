@@ -15,7 +15,16 @@ PACKAGES = (
     *("python3", "criu", "openssh-server", "openssh-client", "kmod", "iproute2", "procps"),
     *("iptables", "nftables", "strace", "psmisc", "ca-certificates"),
     *("gcc", "libc6-dev", "libcriu-dev"),  # for the hook
+    *("libhsa-runtime64-1", "libhsa-runtime-dev"),  # for the unmodified ROCr program
 )
+# A CRIU newer than the suite's, with the libraries of its suite that it was linked to. It
+# stands beside the guests' own, and runs on their C library.
+NEXT_SUITE = "sid"
+NEXT_PACKAGES = ("criu", "libcriu-dev", "libcompel1", "libnet9", "libnl-3-200")
+NEXT_CRIU = "opt/criu-next"  # below it ``criu`` is the program, ``usr/include`` its headers
+_RUN_NEXT = f"""#!/bin/sh
+LD_LIBRARY_PATH=/{NEXT_CRIU}/usr/lib/x86_64-linux-gnu exec /{NEXT_CRIU}/usr/sbin/criu "$@"
+"""
 PYTHON_VERSION = "3.13"  # trixie's
 PLATFORMS = ("manylinux_2_34_x86_64", "manylinux_2_28_x86_64", "manylinux2014_x86_64")
 TEST_PACKAGES = ("pytest", "pytest-randomly", "pytest-timeout", "hypothesis")
@@ -30,8 +39,12 @@ def build(layout: Layout, kernel_key: str) -> None:
         replace_tree(layout.guest_root)
         debian.bootstrap(layout, SUITE, layout.guest_root, PACKAGES)
         layout.mark("guest-root", root_key)
+    next_key = digest(root_key, NEXT_SUITE, *NEXT_PACKAGES, _RUN_NEXT)
+    if not layout.done("guest-next-criu", next_key):
+        _install_next_criu(layout)
+        layout.mark("guest-next-criu", next_key)
     requirements = _requirements()
-    site_key = digest(root_key, PYTHON_VERSION, *requirements)
+    site_key = digest(next_key, PYTHON_VERSION, *requirements)
     if not layout.done("guest-site", site_key):
         _install_site(layout, requirements)
         layout.mark("guest-site", site_key)
@@ -40,6 +53,14 @@ def build(layout: Layout, kernel_key: str) -> None:
         _configure(layout)
         _make_disk(layout)
         layout.mark("disk", key)
+
+
+def _install_next_criu(layout: Layout) -> None:
+    target = layout.guest_root / NEXT_CRIU
+    replace_tree(target)
+    debian.unpack(layout, layout.guest_root, NEXT_SUITE, NEXT_PACKAGES, target)
+    (target / "criu").write_text(_RUN_NEXT)
+    (target / "criu").chmod(0o755)
 
 
 def _requirements() -> tuple[str, ...]:

@@ -41,10 +41,10 @@ def inside(link: Link, folder: Path, body: Callable[..., object], *args: Any) ->
 
 def apertures(kfd: KfdFile) -> list[int]:
     """The gpu_ids of GET_PROCESS_APERTURES_NEW: the GPUs that this process has."""
-    room = (uapi.kfd_process_device_apertures * 64)()
-    args = uapi.kfd_ioctl_get_process_apertures_new_args(
-        kfd_process_device_apertures_ptr=ctypes.addressof(room), num_of_nodes=len(room)
-    )
+    args = uapi.kfd_ioctl_get_process_apertures_new_args()
+    kfd.ioctl(uapi.AMDKFD_IOC_GET_PROCESS_APERTURES_NEW, args)  # how many there are
+    room = (uapi.kfd_process_device_apertures * args.num_of_nodes)()
+    args.kfd_process_device_apertures_ptr = ctypes.addressof(room)
     kfd.ioctl(uapi.AMDKFD_IOC_GET_PROCESS_APERTURES_NEW, args)
     return [room[n].gpu_id for n in range(args.num_of_nodes)]
 

@@ -32,7 +32,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from migrate.kfd import uapi
 from migrate.kfd.sim.aql import amd_signal
 from migrate.kfd.sim.opcodes import AddKernargs, CopyKernargs, Opcode
 from migrate.model import HostPaths

@@ -1,6 +1,7 @@
 """A job for the virtual hosts: a plain program on the KFD ABI, without any runtime of ours.
 
     python -m tests.lab.gpu_job --port PORT [--gpus N] [--vram BYTES] [--log FILE] [--child]
+        [--hog]
 
 Each step adds numbers drawn from a digest to a buffer in the VRAM of every GPU, takes what
 came of it (through a userptr) into the digest, and so depends on every step before it: what
@@ -8,7 +9,8 @@ came of it (through a userptr) into the digest, and so depends on every step bef
 queues of their own. A thread sits in WAIT_EVENTS, one in accept, one reads a pipe; another
 pipe always holds the last steps; a deleted file and a log are written at each step. With
 ``--child`` a second process does the same and tells its steps to the first one by a pipe.
-``--gpus 0``: no GPU at all.
+``--gpus 0``: no GPU at all. With ``--hog`` a thread takes 90% of the first GPU's VRAM that is
+free, gives it back, and so on; that it can't have it is an error.
 
 ``ask`` speaks to it: ``status``, ``verify`` (all of its memory) or ``finish`` (verify, stop
 the kernels and compare their counts with the memory, then end). Answers come between steps.
@@ -41,6 +43,7 @@ PACKETS = 4  # that add, in each step and GPU; one more copies the result out
 DELAYED = 8  # steps that are always in the pipe
 LINE = struct.Struct("<Q16s")  # what a child tells: step, digest
 WORD = 2**64
+HUGE = 2 << 20  # VRAM is handed out in pieces of it
 
 
 def first_digest(seed: int) -> bytes:
@@ -139,6 +142,25 @@ class Gpus:
         copy = CopyKernargs(self.results_bo.address + 8 * gpu, weights.address, 8)
         self.work[gpu].submit(Opcode.COPY, copy, p.signals.address + self._signal_at(gpu))
 
+    def hog(self, pause: float) -> Iterator[int]:
+        """Take 90% of the VRAM that is free now, give it back: rounds so far. Never ends."""
+        p, gpu = self.process, self.ids[0]
+        size = p.available(gpu) * 9 // 10 // HUGE * HUGE
+        rounds = 0
+        while True:
+            buffer = p.alloc(gpu, size)
+            assert buffer.memory is not None
+            buffer.word(0, rounds)
+            buffer.word(size // 8 - 1, ~rounds % WORD)
+            time.sleep(pause)
+            if (buffer.word(0), buffer.word(size // 8 - 1)) != (rounds, ~rounds % WORD):
+                raise AssertionError(f"what the hog wrote in round {rounds} is gone")
+            buffer.memory.close()
+            p.unmap(buffer, p.gpu_ids)
+            p.free(buffer)
+            rounds += 1
+            yield rounds
+
     def verify(self) -> None:
         """All of a buffer is what its first word is; the counters go on."""
         for buffer in self.weights:
@@ -181,6 +203,7 @@ class Job:
         self.digest = first_digest(seed)
         self.tell = tell
         self.child_step = -1
+        self.hogged = 0
         self.error = ""
         self.requests: queue.Queue[tuple[str, queue.Queue[dict[str, Any]]]] = queue.Queue()
         self.pipe = os.pipe()
@@ -218,6 +241,20 @@ class Job:
                     self.child_step = step
 
         threading.Thread(target=read, name="reader", daemon=True).start()
+
+    def hog(self, pause: float) -> None:
+        """Take and free VRAM, in a thread."""
+        assert self.gpus is not None
+        rounds = self.gpus.hog(pause)
+
+        def work() -> None:
+            try:
+                for self.hogged in rounds:
+                    pass
+            except (OSError, AssertionError) as error:
+                self.error = f"hog, after {self.hogged} rounds: {error}"
+
+        threading.Thread(target=work, name="hog", daemon=True).start()
 
     def run(self) -> None:
         """Until told to finish."""
@@ -279,6 +316,7 @@ class Job:
             "gpu_ids": self.gpus.ids if self.gpus else [],
             "counters": self.gpus.count() if self.gpus else [],
             "child_step": self.child_step,
+            "hogged": self.hogged,
             "threads": len(os.listdir("/proc/self/task")),
             "fds": len(os.listdir("/proc/self/fd")) - 1,
             "error": self.error,
@@ -305,6 +343,7 @@ def main() -> None:
     parser.add_argument("--pace", type=float, default=0.02, help="seconds between steps")
     parser.add_argument("--log")
     parser.add_argument("--child", action="store_true")
+    parser.add_argument("--hog", type=float, metavar="SECONDS", help="to keep 90%% of the VRAM")
     parser.add_argument("--ask", metavar="REQUEST")
     options = parser.parse_args()
     if options.ask:
@@ -314,6 +353,8 @@ def main() -> None:
         _tree(options)
         return
     job = Job(options, options.seed)
+    if options.hog is not None:
+        job.hog(options.hog)
     job.listen(options.port)
     job.run()
 

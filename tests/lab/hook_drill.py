@@ -1,6 +1,8 @@
 """Runs in a guest: CRIU with our hook dumps a process, and the agent behaves as told.
 
-``python -m tests.lab.hook_drill WHAT`` prints lines of what came of it. WHAT is
+``python -m tests.lab.hook_drill WHAT [--criu PROGRAM] [--include FOLDER] [--no-unpause]``
+prints lines of what came of it. CRIU is the one that is installed, or another with its headers;
+``--no-unpause`` takes the hook's UNPAUSE out of its source, to see that it is missed. WHAT is
 
 * ``dump``: the agent answers everything.
 * ``gone``: the agent hangs up after PROCESS_INFO, before HOLD.
@@ -10,6 +12,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import os
@@ -22,7 +25,7 @@ import threading
 import time
 from pathlib import Path
 
-from agents.hook import build_hook
+from agents.hook import FLAGS, SOURCE, build_hook
 from migrate.engine.hook import SOCKET_VARIABLE, Hook, HookCall, Verdict, serve
 from migrate.kfd.file import find_kfd_fds
 from migrate.kfd.process import KfdProcess
@@ -150,17 +153,34 @@ def gate() -> tuple[str, str]:
     return "--action-script", str(script)
 
 
-def main(what: str) -> None:
+def build(include: Path, *, no_unpause: bool) -> None:
+    """The hook, or one that forgets to UNPAUSE when its agent is gone."""
+    if not no_unpause:
+        build_hook(FOLDER / "hook", include=include)
+        return
+    call = "\tunpause_all();\n"
+    text = SOURCE.read_text()
+    if text.count(call) != 1:
+        raise SystemExit("hook.c calls unpause_all() not once: this drill needs another look")
+    (FOLDER / "hook").mkdir()
+    broken = FOLDER / "broken.c"
+    broken.write_text(text.replace(call, ""))
+    target = FOLDER / "hook/migrate_kfd.so"
+    flags = [flag for flag in FLAGS if flag != "-Wall"]
+    subprocess.run(["cc", *flags, f"-I{include}", "-o", target, broken], check=True)
+
+
+def main(what: str, criu: str, include: Path, *, no_unpause: bool) -> None:
     """One drill, from nothing."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     IMAGES.mkdir(parents=True)
-    build_hook(FOLDER / "hook")
+    build(include, no_unpause=no_unpause)
     agent = Agent(what)
     listen(agent)
     pid = start_program()
     result = subprocess.run(
         [
-            *("criu", "dump", "-t", str(pid), "-D", str(IMAGES), "-L", str(FOLDER / "hook")),
+            *(criu, "dump", "-t", str(pid), "-D", str(IMAGES), "-L", str(FOLDER / "hook")),
             *("-v4", "-o", "dump.log", "--link-remap"),
             *(gate() if what == "gone-in-hold" else ()),
         ],
@@ -182,4 +202,10 @@ def main(what: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["dump", "gone", "gone-in-hold", "refuse"])
+    parser.add_argument("--criu", default="criu")
+    parser.add_argument("--include", type=Path, default=Path("/usr/include"))
+    parser.add_argument("--no-unpause", action="store_true")
+    chosen = parser.parse_args()
+    main(chosen.what, chosen.criu, chosen.include, no_unpause=chosen.no_unpause)

@@ -1,4 +1,4 @@
-"""The hook in a real CRIU, over the real driver; the agent's part is played by a drill."""
+"""The hook in two real CRIUs, over the real driver; the agent's part is played by a drill."""
 
 from __future__ import annotations
 
@@ -7,25 +7,39 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from scenarios.lab import conformance
-from scenarios.lab.host import HostSpec
-from tests.lab.conftest import StartHost
+from scenarios.lab.host import Host, HostSpec
+from scenarios.lab.image import NEXT_CRIU
+from tests.lab.conftest import SharedHost
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
-Drill = Callable[[str], list[str]]
+Drill = Callable[..., list[str]]
+CRIUS = {
+    "suite": "",
+    "next": f"--criu /{NEXT_CRIU}/criu --include /{NEXT_CRIU}/usr/include",
+}
 
 
 @pytest.fixture(scope="module")
-def drill(start_host: StartHost) -> Iterator[Drill]:
-    host = start_host(HostSpec(name="a"))
-    conformance.install_project(host)
+def host(shared_host: SharedHost) -> Iterator[Host]:
+    found = shared_host(HostSpec(name="a"))
+    yield found
+    conformance.check_kernel(found)
 
+
+@pytest.fixture(params=list(CRIUS))
+def drill(host: Host, request: pytest.FixtureRequest) -> Drill:
     def run(what: str) -> list[str]:
-        line = f"cd /opt/project && timeout 250 python3 -m tests.lab.hook_drill {what}"
-        return host.ssh(line).splitlines()
+        line = f"timeout 250 python3 -m tests.lab.hook_drill {what} {CRIUS[request.param]}"
+        return host.ssh(f"cd /opt/project && {line}").splitlines()
 
-    yield run
-    conformance.check_kernel(host)
+    return run
+
+
+def test_the_two_crius_are_of_different_versions(host: Host) -> None:
+    said = host.ssh(f"criu --version; /{NEXT_CRIU}/criu --version").split()
+    versions = [tuple(int(part) for part in word.split(".")[:2]) for word in said[1::2]]
+    assert (4, 1) <= versions[0] < versions[1], said
 
 
 def test_criu_dumps_a_gpu_process_through_the_hook(drill: Drill) -> None:
@@ -35,11 +49,22 @@ def test_criu_dumps_a_gpu_process_through_the_hook(drill: Drill) -> None:
     assert any(line.startswith("checkpoint with") for line in said)
 
 
-def test_without_its_agent_the_hook_unpauses_and_fails_the_dump(drill: Drill) -> None:
-    said = drill("gone")
+def check_undone(said: list[str]) -> None:
+    """The dump has failed, and nobody has lost anything."""
     assert "criu failed" in said
     assert "program lives" in said
     assert "counter moves" in said
+
+
+def test_without_its_agent_the_hook_unpauses_and_fails_the_dump(drill: Drill) -> None:
+    check_undone(drill("gone"))
+
+
+def test_a_hook_that_forgets_to_unpause_is_noticed(drill: Drill) -> None:
+    said = drill("gone --no-unpause")
+    assert "counter stands still" in said
+    with pytest.raises(AssertionError):
+        check_undone(said)
 
 
 def test_in_hold_the_hook_leaves_the_queues_paused(drill: Drill) -> None:
@@ -49,7 +74,4 @@ def test_in_hold_the_hook_leaves_the_queues_paused(drill: Drill) -> None:
 
 
 def test_a_dump_the_agent_refuses_leaves_the_program_running(drill: Drill) -> None:
-    said = drill("refuse")
-    assert "criu failed" in said
-    assert "program lives" in said
-    assert "counter moves" in said
+    check_undone(drill("refuse"))

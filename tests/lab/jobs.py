@@ -1,0 +1,152 @@
+"""Jobs on the virtual hosts, seen from outside: how they are started, asked and judged.
+
+A job's digest is a function of its seed and of the number of steps alone, which is computed
+here without a GPU: work that was lost, repeated or done on wrong memory shows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from scenarios.lab.host import Host
+from tests.lab.gpu_job import chain
+
+PYTHON = "cd /opt/project && python3 -m"
+PATIENCE = 240.0  # seconds; the guests are emulated
+ROCR = "/root/rocr_job"
+ROCR_STATUS = "/root/rocr_status"
+WORD = 2**64
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Raise AssertionError if *condition* does not come true."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"in {PATIENCE:.0f} s: {what}"
+        time.sleep(0.2)
+
+
+class GpuJob:
+    """A ``tests.lab.gpu_job``, wherever it is now. Tell *host* when it has moved."""
+
+    def __init__(self, host: Host, port: int, arguments: str = "", *, gpus: int = 2) -> None:
+        self.host = host
+        self.port = port
+        self.gpus = gpus
+        self.command = f"python3 -m tests.lab.gpu_job --port {port} --gpus {gpus} {arguments}"
+        self.log = "/root/log" if "--log" in arguments else ""
+
+    def ask(self, request: str = "status", *, child: bool = False) -> dict[str, Any]:
+        """The job's answer; its digest is checked here, and that it has met no error."""
+        port = self.port + child
+        said = self.host.ssh(f"{PYTHON} tests.lab.gpu_job --port {port} --ask {request}")
+        status: dict[str, Any] = json.loads(said)
+        assert status["error"] == ""
+        expected = next(itertools.islice(chain(status["seed"], self.gpus), status["step"], None))
+        assert status["digest"] == expected, f"step {status['step']}"
+        return status
+
+    def started(self) -> dict[str, Any]:
+        """Wait until it works; its status then."""
+        wait_for(self._listens, "the job does not listen")
+        return self.after(3)
+
+    def _listens(self) -> bool:
+        found = self.host.ssh(f"grep -c ':{self.port:04X} .* 0A ' /proc/net/tcp || true")
+        return found.strip() != "0"
+
+    def after(self, steps: int) -> dict[str, Any]:
+        """Its status once it has done so many steps at least."""
+        found: list[dict[str, Any]] = []
+
+        def reached() -> bool:
+            found[:] = [self.ask()]
+            return bool(found[0]["step"] >= steps)
+
+        wait_for(reached, f"{steps} steps")
+        return found[0]
+
+    def finish(self) -> dict[str, Any]:
+        """Have it verify all its memory and end; the log is looked at."""
+        status = self.ask("finish")
+        if self.log:
+            self._check_log(self.host.ssh(f"cat {self.log}"), status)
+        wait_for(lambda: not self._runs(status["pid"]), "the job does not end")
+        return status
+
+    def _runs(self, pid: int) -> bool:
+        return bool(self.host.ssh(f"grep -s '^State:.[^Z]' /proc/{pid}/status || true").strip())
+
+    def _check_log(self, text: str, status: dict[str, Any]) -> None:
+        """Each step stands there once and in order, none is missing."""
+        lines = text.splitlines()
+        digests = chain(status["seed"], self.gpus)
+        next(digests)
+        assert lines == [f"{step} {next(digests)}" for step in range(status["step"])]
+
+
+def rocr_chain() -> Iterator[int]:
+    """The digest of ``rocr_job.c`` after 0, 1, 2 ... steps."""
+    digest, word = mix(0), 0
+    while True:
+        yield digest
+        word = (word + 3 * mix(digest ^ 1)) % WORD
+        digest = mix(digest ^ word ^ word << 1 & (WORD - 1))
+
+
+def mix(value: int) -> int:
+    """splitmix64."""
+    value = (value + 0x9E3779B97F4A7C15) % WORD
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % WORD
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % WORD
+    return value ^ value >> 31
+
+
+class RocrJob:
+    """``rocr_job.c``, compiled on the hosts: a program on the distribution's ROCr."""
+
+    command = f"{ROCR} {ROCR_STATUS}"
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    @staticmethod
+    def build(host: Host) -> None:
+        """Compile it; the same compiler makes the same bytes of it on each host."""
+        source = "/opt/project/tests/lab/rocr_job.c"
+        host.ssh(f"cc -O1 -Wall -Wextra -Werror -o {ROCR} {source} -lhsa-runtime64")
+
+    def look(self) -> dict[str, int]:
+        """Where it is, by its status file; digest and step are checked against the chain."""
+        raw = self.host.ssh(f"od -A n -t x8 -v -N 40 {ROCR_STATUS}")
+        step, digest, counter, state, _ = (int(word, 16) for word in raw.split())
+        # It stores the digest just before the step.
+        assert digest in itertools.islice(rocr_chain(), step, step + 2), f"step {step}"
+        return {"step": step, "digest": digest, "counter": counter, "state": state}
+
+    def after(self, steps: int) -> dict[str, int]:
+        """Where it is once it has done so many steps."""
+        wait_for(lambda: self._exists() and self.look()["step"] >= steps, f"{steps} steps")
+        return self.look()
+
+    def _exists(self) -> bool:
+        """Whether the file is there and the program has begun."""
+        said = self.host.ssh(f"od -A n -t x8 -j 24 -N 8 {ROCR_STATUS} 2>/dev/null || true")
+        return bool(said.strip()) and int(said, 16) > 0
+
+    def finish(self) -> dict[str, int]:
+        """Have it stop its persistent kernel and compare all of its VRAM."""
+        one = struct.pack("<Q", 1).hex()
+        escaped = "".join(f"\\x{one[n : n + 2]}" for n in range(0, 16, 2))
+        self.host.ssh(
+            f"printf '{escaped}' | dd of={ROCR_STATUS} bs=1 seek=32 conv=notrunc status=none"
+        )
+        wait_for(lambda: self.look()["state"] != 1, "it does not end")
+        found = self.look()
+        assert found["state"] == 2, "the counter or the buffer is not what it must be"
+        return found

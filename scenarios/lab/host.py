@@ -189,7 +189,7 @@ class Host:
         """Copy *paths* below *source* into the host's folder *target*."""
         quoted = shlex.quote(target)
         archive = subprocess.run(
-            ["tar", "-C", str(source), "--exclude=__pycache__", "-czf", "-", *paths],
+            ["tar", "-C", str(source), "-czf", "-", *paths],
             capture_output=True,
             check=True,
         ).stdout

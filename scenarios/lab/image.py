@@ -44,7 +44,7 @@ def build(layout: Layout, kernel_key: str) -> None:
         _install_next_criu(layout)
         layout.mark("guest-next-criu", next_key)
     requirements = _requirements()
-    site_key = digest(next_key, PYTHON_VERSION, *requirements)
+    site_key = digest(next_key, PYTHON_VERSION, "compiled", *requirements)
     if not layout.done("guest-site", site_key):
         _install_site(layout, requirements)
         layout.mark("guest-site", site_key)
@@ -73,11 +73,13 @@ def _install_site(layout: Layout, requirements: tuple[str, ...]) -> None:
     replace_tree(target)
     platforms = [word for name in PLATFORMS for word in ("--platform", name)]
     run(
-        *(sys.executable, "-m", "pip", "install", "--quiet", "--target", target),
+        *(sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--target", target),
         *("--python-version", PYTHON_VERSION, "--implementation", "cp"),
         *("--only-binary=:all:", *platforms, *requirements),
         log=layout.logs / "guest-site.log",
     )
+    # By the guests' Python, here: emulated, and anew after each boot, it takes a minute.
+    debian.in_root(layout, layout.guest_root, "python3", "-m", "compileall", "-q", f"/{SITE}")
 
 
 def _configure(layout: Layout) -> None:

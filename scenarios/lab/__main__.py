@@ -114,7 +114,7 @@ def test(arguments: tuple[str, ...]) -> None:
         passed = conformance.run(host, arguments, say)
     finally:
         host.stop()
-    say(f"{passed} passed on the real amdkfd; the kernel log is clean")
+    say(f"{len(passed)} passed on the real amdkfd; the kernel log is clean")
 
 
 if __name__ == "__main__":

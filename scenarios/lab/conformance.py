@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from scenarios.lab import debian
 from scenarios.lab.host import Host
-from scenarios.lab.layout import PROJECT, LabError
+from scenarios.lab.image import SITE
+from scenarios.lab.layout import PROJECT, LabError, Layout
 
 PARTS = ("migrate", "agents", "scenarios", "tests", "pyproject.toml")
 TARGET = "/opt/project"
@@ -19,12 +23,13 @@ TARGET = "/opt/project"
 TROUBLE = re.compile(r"WARNING:|BUG:|Oops|Call Trace|general protection|hung task|blocked for more")
 
 
-def install_project(host: Host) -> None:
-    """Copy the project, as it is in the work tree, into *host*.
+@contextmanager
+def staged(layout: Layout) -> Iterator[tuple[Path, str]]:
+    """The project, as it is in the work tree, inside the guests' root file system here.
 
-    Compiled by the guests' Python outside of them, where it is not emulated.
+    Its folder, and the same as ``debian.in_root`` sees it: what is compiled there is not
+    emulated.
     """
-    layout = host.layout
     with tempfile.TemporaryDirectory(dir=layout.guest_root / "tmp") as name:
         stage = Path(name)
         for part in PARTS:
@@ -33,38 +38,72 @@ def install_project(host: Host) -> None:
                 shutil.copytree(PROJECT / part, stage / part, ignore=ignored)
             else:
                 shutil.copy2(PROJECT / part, stage / part)
-        inside = f"/tmp/{stage.name}"  # noqa: S108 - the guests' own
+        yield stage, f"/tmp/{stage.name}"  # noqa: S108 - the guests' own
+
+
+def install_project(host: Host) -> None:
+    """Copy the project, as it is in the work tree, into *host*, its Python compiled."""
+    layout = host.layout
+    with staged(layout) as (stage, inside):
         compiler = ("python3", "-m", "compileall", "-q", "-s", inside, "-p", TARGET, inside)
         debian.in_root(layout, layout.guest_root, *compiler)
         host.ssh(f"rm -rf {TARGET}/*")
         host.copy(".", source=stage, target=TARGET)
 
 
-def run(host: Host, arguments: Sequence[str], report: Callable[[str], None]) -> int:
-    """Run tests/conformance on *host*; how many passed. Each line of pytest is reported.
+def build_for(host: Host, script: str, *results: str) -> None:
+    """Run a shell line in the project's folder, outside of *host*; *results* go to its /root."""
+    layout = host.layout
+    with staged(layout) as (stage, inside):
+        line = f"cd {inside} && PYTHONPATH=.:/{SITE} && export PYTHONPATH && {script}"
+        debian.in_root(layout, layout.guest_root, "sh", "-c", line)
+        host.copy(*results, source=stage, target="/root")
 
-    Raises LabError if a test fails, none ran, or the kernel complained.
+
+def run(host: Host, arguments: Sequence[str], report: Callable[[str], None]) -> frozenset[str]:
+    """Run tests/conformance on *host*; the names of those that passed.
+
+    Each line of pytest is reported. Raises LabError if a test fails, none ran, or the kernel
+    complained.
     """
     install_project(host)
-    line = (
-        f"cd {TARGET} && MIGRATE_CONFORMANCE=kernel python3 -m pytest -p no:cacheprovider"
-        f" --timeout=300 -m 'not simulated' tests/conformance {' '.join(arguments)}"
-    )
+    line = f"cd {TARGET} && MIGRATE_CONFORMANCE=kernel {shlex.join(_command('python3', arguments))}"
+    passed = _run(f"conformance on host {host.name}", host.ssh_command(line), report)
+    check_kernel(host)
+    return passed
+
+
+def run_simulated(report: Callable[[str], None]) -> frozenset[str]:
+    """The same tests here, on a simulated node; the names of those that passed."""
+    return _run("conformance on a simulated node", _command(sys.executable, ()), report)
+
+
+def _command(python: str, arguments: Sequence[str]) -> list[str]:
+    """The command line of the suite, that leaves out what is about the simulated node alone."""
+    return [
+        *(python, "-m", "pytest", "-q", "-rp", "-p", "no:cacheprovider", "--timeout=300"),
+        *("-m", "not simulated", "tests/conformance", *arguments),
+    ]
+
+
+def _run(what: str, line: Sequence[str], report: Callable[[str], None]) -> frozenset[str]:
     process = subprocess.Popen(
-        host.ssh_command(line), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+        line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, cwd=PROJECT
     )
+    passed = set()
     last = ""
     assert process.stdout is not None
     with process.stdout as lines:
         for text in lines:
-            report(text.rstrip("\n"))
+            word, _, name = text.rstrip("\n").partition(" ")
+            if word == "PASSED":
+                passed.add(name)
+            else:
+                report(text.rstrip("\n"))
             last = text if re.search(r"\d+ (passed|failed|error)", text) else last
-    status = process.wait()
-    check_kernel(host)
-    found = re.search(r"(\d+) passed", last)
-    if status or found is None:
-        raise LabError(f"conformance on host {host.name}: {last.strip() or 'no test ran'}")
-    return int(found[1])
+    if process.wait() or not passed:
+        raise LabError(f"{what}: {last.strip() or 'no test ran'}")
+    return frozenset(passed)
 
 
 def check_kernel(host: Host) -> None:

@@ -1,13 +1,14 @@
 """Runs in a guest: CRIU with our hook dumps a process, and the agent behaves as told.
 
-``python -m tests.lab.hook_drill WHAT [--criu PROGRAM] [--include FOLDER] [--no-unpause]``
-prints lines of what came of it. CRIU is the one that is installed, or another with its headers;
-``--no-unpause`` takes the hook's UNPAUSE out of its source, to see that it is missed. WHAT is
+``python -m tests.lab.hook_drill WHAT --hook FOLDER [--criu PROGRAM]`` prints lines of what came
+of it. FOLDER has the hook, and CRIU is the one it was built for. WHAT is
 
 * ``dump``: the agent answers everything.
 * ``gone``: the agent hangs up after PROCESS_INFO, before HOLD.
 * ``gone-in-hold``: it says HOLD and hangs up then, and CRIU's last gate refuses.
 * ``refuse``: it lets the last gate refuse, and unpauses at fini.
+* ``build``: none; the hook is built into FOLDER, for the headers in ``--include``; with
+  ``--no-unpause`` the hook's UNPAUSE is taken out of its source, to see that it is missed.
 """
 
 from __future__ import annotations
@@ -153,34 +154,34 @@ def gate() -> tuple[str, str]:
     return "--action-script", str(script)
 
 
-def build(include: Path, *, no_unpause: bool) -> None:
+def build(folder: Path, include: Path, *, no_unpause: bool) -> None:
     """The hook, or one that forgets to UNPAUSE when its agent is gone."""
     if not no_unpause:
-        build_hook(FOLDER / "hook", include=include)
+        build_hook(folder, include=include)
         return
     call = "\tunpause_all();\n"
     text = SOURCE.read_text()
     if text.count(call) != 1:
         raise SystemExit("hook.c calls unpause_all() not once: this drill needs another look")
-    (FOLDER / "hook").mkdir()
-    broken = FOLDER / "broken.c"
+    folder.mkdir()
+    broken = folder / "broken.c"
     broken.write_text(text.replace(call, ""))
-    target = FOLDER / "hook/migrate_kfd.so"
-    flags = [flag for flag in FLAGS if flag != "-Wall"]
+    flags = [flag for flag in FLAGS if flag != "-Wall"]  # the function is not used
+    target = folder / "migrate_kfd.so"
     subprocess.run(["cc", *flags, f"-I{include}", "-o", target, broken], check=True)
+    broken.unlink()
 
 
-def main(what: str, criu: str, include: Path, *, no_unpause: bool) -> None:
+def main(what: str, criu: str, hook: Path) -> None:
     """One drill, from nothing."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     IMAGES.mkdir(parents=True)
-    build(include, no_unpause=no_unpause)
     agent = Agent(what)
     listen(agent)
     pid = start_program()
     result = subprocess.run(
         [
-            *(criu, "dump", "-t", str(pid), "-D", str(IMAGES), "-L", str(FOLDER / "hook")),
+            *(criu, "dump", "-t", str(pid), "-D", str(IMAGES), "-L", str(hook)),
             *("-v4", "-o", "dump.log", "--link-remap"),
             *(gate() if what == "gone-in-hold" else ()),
         ],
@@ -203,9 +204,13 @@ def main(what: str, criu: str, include: Path, *, no_unpause: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["dump", "gone", "gone-in-hold", "refuse"])
+    parser.add_argument("what", choices=["dump", "gone", "gone-in-hold", "refuse", "build"])
+    parser.add_argument("--hook", type=Path, required=True)
     parser.add_argument("--criu", default="criu")
     parser.add_argument("--include", type=Path, default=Path("/usr/include"))
     parser.add_argument("--no-unpause", action="store_true")
     chosen = parser.parse_args()
-    main(chosen.what, chosen.criu, chosen.include, no_unpause=chosen.no_unpause)
+    if chosen.what == "build":
+        build(chosen.hook, chosen.include, no_unpause=chosen.no_unpause)
+    else:
+        main(chosen.what, chosen.criu, chosen.hook)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from scenarios.lab import conformance
 from scenarios.lab.host import Host
 from tests.lab.gpu_job import chain
 
@@ -117,9 +118,10 @@ class RocrJob:
 
     @staticmethod
     def build(host: Host) -> None:
-        """Compile it; the same compiler makes the same bytes of it on each host."""
-        source = "/opt/project/tests/lab/rocr_job.c"
-        host.ssh(f"cc -O1 -Wall -Wextra -Werror -o {ROCR} {source} -lhsa-runtime64")
+        """Compile it; the same compiler makes the same bytes of it for each host."""
+        source = "tests/lab/rocr_job.c"
+        line = f"cc -O1 -Wall -Wextra -Werror -o rocr_job {source} -lhsa-runtime64"
+        conformance.build_for(host, line, "rocr_job")
 
     def look(self) -> dict[str, int]:
         """Where it is, by its status file; digest and step are checked against the chain."""

@@ -1,21 +1,19 @@
 """Runs in a guest: snapshots of a process whose threads make and destroy objects all the time.
 
-``python -m tests.lab.snapshot_stress COUNT HELPED`` takes COUNT snapshots in one process, by
-the code of the tracer helper, and HELPED by the helper itself, and prints a line a fact.
+``python -m tests.lab.snapshot_stress LIBRARY COUNT HELPED`` takes COUNT snapshots in one process,
+by the code of the tracer helper, and HELPED by the helper itself, and prints a line a fact.
+LIBRARY is churn.c, compiled.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from migrate.engine import procfs
 from migrate.engine.ptrace import Stopped
@@ -42,21 +40,13 @@ class Churn(ctypes.Structure):
     ]
 
 
-def library() -> ctypes.CDLL:
-    """churn.c, compiled."""
-    target = Path(tempfile.mkdtemp()) / "churn.so"
-    source = Path(__file__).with_name("churn.c")
-    subprocess.run(["cc", "-O2", "-Wall", "-shared", "-fPIC", "-o", target, source], check=True)
-    return ctypes.CDLL(str(target))
-
-
 class Churning(Target):
     """A target of the conformance suite with threads that churn."""
 
     churns: list[Churn]
 
-    def start_churning(self) -> None:
-        code = library()
+    def start_churning(self, library: str) -> None:
+        code = ctypes.CDLL(library)
         kfd, gpus = self.process.kfd.fileno(), self.process.gpu_ids
         self.churns = [
             Churn(kfd, gpus[n % len(gpus)], FIRST_ADDRESS + n * BYTES) for n in range(THREADS)
@@ -118,14 +108,14 @@ def snapshot(process: KfdProcess) -> int:
         process.unpause()
 
 
-def main(count: int, helped: int) -> None:
+def main(library: str, count: int, helped: int) -> None:
     """Print what came of it."""
     with any_host() as host:
         child = host.spawn(churning)
         pid: int = child.hear()
         fds, available = child.ask(("fds",)), child.ask(("available",))
         child.ask(("start_counter",))
-        child.ask(("start_churning",))
+        child.ask(("start_churning", library))
         before = child.ask(("state",))
         seen = set()
         started = time.monotonic()
@@ -154,4 +144,4 @@ def main(count: int, helped: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from scenarios.lab import conformance
 from scenarios.lab.host import HostSpec
-from scenarios.lab.layout import PROJECT, LabError
-from tests.lab.conftest import StartHost
+from scenarios.lab.layout import LabError
+from tests.lab.conftest import SharedHost, StartHost
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(3000)]
 
 
-def test_every_conformance_test_passes_on_the_real_driver(start_host: StartHost) -> None:
-    host = start_host(HostSpec(name="a"))
-    passed = conformance.run(host, ["-q"], print)
-    assert passed == _collected()
-
-
-def _collected() -> int:
-    """Tests of the suite that are not about the simulated node alone."""
-    listing = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"),
-            *("-m", "not simulated", "tests/conformance"),
-        ],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return sum("::" in line for line in listing.stdout.splitlines())
+def test_the_same_tests_pass_on_the_simulated_node_and_on_the_kernel(
+    shared_host: SharedHost, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulated = conformance.run_simulated(print)
+    real = conformance.run(shared_host(HostSpec(name="a")), (), print)
+    with capsys.disabled():
+        print(f"\nconformance: {len(simulated)} on the simulated node, {len(real)} on the kernel")
+    assert real == simulated
 
 
 def test_a_complaint_of_the_kernel_is_noticed(start_host: StartHost) -> None:

@@ -14,24 +14,32 @@ from tests.lab.conftest import SharedHost
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
 Drill = Callable[..., list[str]]
-CRIUS = {
-    "suite": "",
-    "next": f"--criu /{NEXT_CRIU}/criu --include /{NEXT_CRIU}/usr/include",
-}
+NEXT_HEADERS = f"/{NEXT_CRIU}/usr/include"
+CRIUS = {"suite": ("criu", "/usr/include"), "next": (f"/{NEXT_CRIU}/criu", NEXT_HEADERS)}
+NO_UNPAUSE = "-no-unpause"
 
 
 @pytest.fixture(scope="module")
 def host(shared_host: SharedHost) -> Iterator[Host]:
     found = shared_host(HostSpec(name="a"))
+    builds = [
+        f"python3 -m tests.lab.hook_drill build --hook hooks/{name}{broken}"
+        f" --include {include} {'--no-unpause' if broken else ''}"
+        for name, (_, include) in CRIUS.items()
+        for broken in ("", NO_UNPAUSE)
+    ]
+    conformance.build_for(found, " && ".join(["mkdir hooks", *builds]), "hooks")
     yield found
     conformance.check_kernel(found)
 
 
 @pytest.fixture(params=list(CRIUS))
 def drill(host: Host, request: pytest.FixtureRequest) -> Drill:
-    def run(what: str) -> list[str]:
-        line = f"timeout 250 python3 -m tests.lab.hook_drill {what} {CRIUS[request.param]}"
-        return host.ssh(f"cd /opt/project && {line}").splitlines()
+    def run(what: str, broken: str = "") -> list[str]:
+        criu, _ = CRIUS[request.param]
+        hook = f"/root/hooks/{request.param}{broken}"
+        line = f"python3 -m tests.lab.hook_drill {what} --hook {hook} --criu {criu}"
+        return host.ssh(f"cd /opt/project && timeout 250 {line}").splitlines()
 
     return run
 
@@ -61,7 +69,7 @@ def test_without_its_agent_the_hook_unpauses_and_fails_the_dump(drill: Drill) ->
 
 
 def test_a_hook_that_forgets_to_unpause_is_noticed(drill: Drill) -> None:
-    said = drill("gone --no-unpause")
+    said = drill("gone", NO_UNPAUSE)
     assert "counter stands still" in said
     with pytest.raises(AssertionError):
         check_undone(said)

@@ -11,17 +11,18 @@ import time
 
 from migrate.model import HostPaths
 from tests.conformance.kit import Process
-from tests.conformance.target import Target
 
 
 def main(path: str) -> None:
     """Never returns."""
-    target = Target(Process(HostPaths()))
-    target.build()
-    target.start_counter()
+    process = Process(HostPaths())
+    process.prepare_queues()
+    process.create_event()
+    queues = [process.create_queue(gpu, number) for number, gpu in enumerate(process.gpu_ids)]
+    buffer = process.start_counter(queues[0], process.gpu_ids[0])
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     while True:
-        os.pwrite(file, target.counter().to_bytes(8, "little"), 0)
+        os.pwrite(file, buffer.word(0).to_bytes(8, "little"), 0)
         time.sleep(0.005)
 
 

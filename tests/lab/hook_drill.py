@@ -120,7 +120,8 @@ def start_program() -> int:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    wait_until(lambda: counter() > 0)
+    if not wait_until(lambda: counter() > 0, 240):
+        raise SystemExit("the program does not count")
     return process.pid
 
 
@@ -197,7 +198,7 @@ def main(what: str, criu: str, hook: Path) -> None:
     print("program", "lives" if lives else "is gone")
     if lives:
         before = counter()
-        moves = wait_until(lambda: counter() > before, 3.0)
+        moves = wait_until(lambda: counter() > before, 10.0)
         print("counter", "moves" if moves else "stands still")
         os.kill(pid, 9)
 

@@ -20,7 +20,6 @@ from tests.lab.gpu_job import chain
 PYTHON = "cd /opt/project && python3 -m"
 PATIENCE = 240.0  # seconds; the guests are emulated
 ROCR = "/root/rocr_job"
-ROCR_STATUS = "/root/rocr_status"
 WORD = 2**64
 
 
@@ -111,10 +110,12 @@ def mix(value: int) -> int:
 class RocrJob:
     """``rocr_job.c``, compiled on the hosts: a program on the distribution's ROCr."""
 
-    command = f"{ROCR} {ROCR_STATUS}"
+    command = ROCR
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, pid: int) -> None:
         self.host = host
+        self.pid = pid
+        self.status = f"/proc/{pid}/fd/3"
 
     @staticmethod
     def build(host: Host) -> None:
@@ -124,8 +125,8 @@ class RocrJob:
         conformance.build_for(host, line, "rocr_job")
 
     def look(self) -> dict[str, int]:
-        """Where it is, by its status file; digest and step are checked against the chain."""
-        raw = self.host.ssh(f"od -A n -t x8 -v -N 40 {ROCR_STATUS}")
+        """Where it is; digest and step are checked against the chain."""
+        raw = self.host.ssh(f"od -A n -t x8 -v -N 40 {self.status}")
         step, digest, counter, state, _ = (int(word, 16) for word in raw.split())
         # It stores the digest just before the step.
         assert digest in itertools.islice(rocr_chain(), step, step + 2), f"step {step}"
@@ -137,8 +138,8 @@ class RocrJob:
         return self.look()
 
     def _exists(self) -> bool:
-        """Whether the file is there and the program has begun."""
-        said = self.host.ssh(f"od -A n -t x8 -j 24 -N 8 {ROCR_STATUS} 2>/dev/null || true")
+        """Whether the program has begun."""
+        said = self.host.ssh(f"od -A n -t x8 -j 24 -N 8 {self.status} 2>/dev/null || true")
         return bool(said.strip()) and int(said, 16) > 0
 
     def finish(self) -> dict[str, int]:
@@ -146,9 +147,10 @@ class RocrJob:
         one = struct.pack("<Q", 1).hex()
         escaped = "".join(f"\\x{one[n : n + 2]}" for n in range(0, 16, 2))
         self.host.ssh(
-            f"printf '{escaped}' | dd of={ROCR_STATUS} bs=1 seek=32 conv=notrunc status=none"
+            f"printf '{escaped}' | dd of={self.status} bs=1 seek=32 conv=notrunc status=none"
         )
         wait_for(lambda: self.look()["state"] != 1, "it does not end")
         found = self.look()
         assert found["state"] == 2, "the counter or the buffer is not what it must be"
+        self.host.ssh(f"kill {self.pid}")
         return found

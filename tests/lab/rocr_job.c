@@ -2,16 +2,17 @@
 /*
  * A program on the distribution's ROCr (libhsa-runtime64), which knows nothing of migration:
  *
- *     cc -o rocr_job rocr_job.c -lhsa-runtime64 && ./rocr_job STATUS
+ *     cc -o rocr_job rocr_job.c -lhsa-runtime64 && ./rocr_job
  *
  * A persistent kernel counts on one queue; on another each step adds a number drawn from a
  * digest to a buffer of a VRAM pool and waits for the completion signal, blocked in the
  * kernel; what came of it goes into the digest, so that each step depends on all before.
- * After each step the file STATUS (mapped, so that it costs nothing) says where it is:
- * u64 step, digest, counter, state (1: runs, 2: ended well, 3: ended badly), and is asked
- * to stop by the u64 behind them. Kernel objects are opcodes of the lab's software GPU.
+ * It says where it is in a deleted file, fd 3, which is mapped: u64 step, digest, counter,
+ * state (1: runs, 2: has ended well, 3: badly). A u64 behind them that is not 0 asks it to
+ * stop, after which it waits to be killed. Kernel objects are opcodes of the lab's
+ * software GPU.
  */
-#include <fcntl.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -125,22 +126,30 @@ static uint64_t mix(uint64_t value)
 	return value ^ value >> 31;
 }
 
-int main(int argc, char **argv)
+static struct status *open_status(void)
 {
-	struct status *status;
+	char path[] = "/var/tmp/rocr_job.XXXXXX";
+	int file = mkstemp(path);
+	void *map;
+
+	if (file != 3 || unlink(path) || ftruncate(file, 4096))
+		exit(2);
+	map = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+	if (map == MAP_FAILED)
+		exit(2);
+	return map;
+}
+
+int main(void)
+{
+	struct status *status = open_status();
 	struct add *add;
 	struct counter *counter;
 	hsa_queue_t *counting, *working;
 	hsa_signal_t done, ended;
 	uint64_t *words, *counts, i;
-	int file;
+	bool whole;
 
-	if (argc != 2 || (file = open(argv[1], O_RDWR | O_CREAT, 0644)) < 0 ||
-	    ftruncate(file, 4096))
-		return 2;
-	status = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-	if (status == MAP_FAILED)
-		return 2;
 	check(hsa_init(), "init");
 	check(hsa_iterate_agents(find_agent, NULL), "agents");
 	check(hsa_amd_agent_iterate_memory_pools(gpu, find_pool, &vram), "pools");
@@ -180,7 +189,9 @@ int main(int argc, char **argv)
 	for (i = 1; i < WORDS && words[i] == words[0]; i++)
 		;
 	status->counter = counts[0];
-	status->state = i == WORDS && counts[0] == counts[16] ? 2 : 3;
+	whole = i == WORDS && counts[0] == counts[16];
 	check(hsa_shut_down(), "shut down");
-	return 0;
+	status->state = whole ? 2 : 3;
+	for (;;)
+		pause();
 }

@@ -220,12 +220,13 @@ static int scheduler_thread(void *data)
 		case SOFT_BUSY:
 			cond_resched();
 			break;
-		case SOFT_SPINNING: /* leave the CPU to those the kernel waits for */
-			usleep_range(50, 150);
+		/* A wakeup is dear under emulation: leave the CPU to those who do something. */
+		case SOFT_SPINNING:
+			usleep_range(1000, 2000);
 			break;
 		default:
 			if (READ_ONCE(gpu->compute_active))
-				usleep_range(300, 800);
+				usleep_range(1000, 2000);
 			else
 				wait_event_idle_timeout(gpu->wake,
 							READ_ONCE(gpu->compute_active) ||

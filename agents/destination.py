@@ -5,10 +5,17 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable
+from functools import partial
 
 from migrate.dataplane.receiver import Receiver
 from migrate.errors import AgentBusy, MigrateError, UnknownMigration
 from migrate.model import GpuMap
+from migrate.orchestrator.checks import (
+    check_needs,
+    check_options,
+    check_order,
+    check_topology,
+)
 from migrate.orchestrator.clock import Thread
 from migrate.orchestrator.destination import (
     CopyRecord,
@@ -71,6 +78,9 @@ class Destinations:
         options: Options,
     ) -> tuple[GpuMap, tuple[str, int], bytes, bytes]:
         """Check and make room. Returns GPU map, data address, session id, secret."""
+        check_needs(needs)
+        check_topology(topology)
+        check_options(options)
         check_room(self._host, engine, needs, options)
         gpu_map = choose_map(self._host, topology, needs, options)
         with self._lock:
@@ -84,6 +94,7 @@ class Destinations:
                 self._host,
                 DestinationHandover(),
                 source=source,
+                check=partial(check_order, reserved=gpu_map, quota=needs.quota, engine=engine),
                 staging=session.staging,
                 close_session=lambda: self._receiver.close_session(session_id),
             )

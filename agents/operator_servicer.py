@@ -19,6 +19,7 @@ from agents.resolving import resolve
 from agents.source import Sources
 from migrate.errors import UsageError
 from migrate.inventory import HOST_NAME, split_address
+from migrate.orchestrator.checks import check_options
 from migrate.orchestrator.host import Host, available_memory
 from migrate.orchestrator.plan import PROTOCOL, Options
 from migrate.rpc.pb import agent_pb2, agent_pb2_grpc
@@ -67,11 +68,13 @@ class OperatorServicer(agent_pb2_grpc.AgentServicer):
         split_address(request.destination_address)
         if not 0 < request.pid < 1 << 22:  # PID_MAX_LIMIT of Linux
             raise UsageError(f"{request.pid} is not a pid")
+        options = parsed(request.options or b"{}", Options)
+        check_options(options)
         migration = self._sources.start(
             request.pid,
             request.destination,
             request.destination_address,
-            parsed(request.options or b"{}", Options),
+            options,
             request.idempotency_key,
             request.start_time,
         )

@@ -20,10 +20,11 @@ from migrate.errors import (
     UnknownMigration,
 )
 from migrate.journal import Journal
+from migrate.orchestrator.checks import check_names, decoded_order
 from migrate.orchestrator.destination import DestinationMigration, SourceRecord
 from migrate.orchestrator.handover import Answer
 from migrate.orchestrator.peer import GrantReply
-from migrate.orchestrator.plan import PROTOCOL, Needs, Options, RestoreOrder
+from migrate.orchestrator.plan import PROTOCOL, Needs, Options
 from migrate.report import DestinationFigures
 from migrate.rpc.pb import peer_pb2, peer_pb2_grpc
 from migrate.rpc.tls import peer_identity
@@ -36,7 +37,7 @@ def parsed(data: bytes, kind: type[S]) -> S:
     """A JSON document of a peer. Raises ProtocolMismatch."""
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ProtocolMismatch(f"{kind.__name__} can't be read: {error}") from error
 
 
@@ -67,6 +68,9 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
         if caller.name != request.source:
             raise PermissionRefused(f"{caller.name} can't speak for {request.source[:64]!r}")
         self._check_allowed(caller.name)
+        check_names(
+            request.migration, request.source, request.source_address, request.source_store_id
+        )
         source = SourceRecord(
             name=caller.name, address=request.source_address, store_id=request.source_store_id
         )
@@ -94,10 +98,7 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
         found = self._find(request.migration, context)
         if found is None:
             raise UnknownMigration(f"no migration {request.migration!r} is known here")
-        try:
-            order = msgspec.msgpack.decode(request.order, type=RestoreOrder)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise ProtocolMismatch(f"RestoreOrder can't be read: {error}") from error
+        order = decoded_order(request.order)
         prepared = found.restore(order, dict(request.manifest))
         return peer_pb2.RestoreReply(
             store_id=prepared.store_id,

@@ -602,6 +602,17 @@ class GivenToSource(MigrationFailed):
     advice = "What the process did at the destination, if it ran there, is done again."
 
 
+class PeerNonsense(MigrationFailed):
+    """What the other agent sent makes no sense, and was not acted on."""
+
+    reason = "PEER_NONSENSE"
+    exit_code = 89
+    advice = (
+        "Install the same release of migrate on both hosts. If that does not help, report it; if"
+        " the source's host may be in wrong hands, take it out of allow_from and revoke it."
+    )
+
+
 # ---------------------------------------------------------------- needs an operator
 
 

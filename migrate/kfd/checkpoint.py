@@ -6,11 +6,17 @@ before.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 
 from migrate.errors import BrokenPrivateData, CheckpointFailed
 from migrate.kfd import uapi
-from migrate.kfd.privdata import PrivateData, decode
+from migrate.kfd.privdata import (
+    KFD_QUEUE_TYPE_COMPUTE,
+    EventRecord,
+    PrivateData,
+    QueueRecord,
+    decode,
+)
 from migrate.model import ProcessRef, Value
 
 MAX_DEVICES = 64  # MAX_GPU_INSTANCE of the newest kernels; 16 in 6.1
@@ -107,7 +113,18 @@ class RestoreProof(Value):
 
 _PAGE = 4096
 _U32 = 0xFFFFFFFF
+_U64 = 0xFFFFFFFFFFFFFFFF
 _ADDRESS_LIMIT = 1 << 57  # five-level page tables
+_KNOWN_FLAGS = 0xFFC00000  # above the types: 31 (WRITABLE) down to 22, where newer kernels add
+_EVENT_PAGE = uapi.KFD_SIGNAL_EVENT_LIMIT * 8  # bytes
+_MAX_QUEUES = 1024  # KFD_MAX_NUM_OF_QUEUES_PER_PROCESS
+_MAX_CONTROL_STACK = 64 << 20
+_MAX_MQD = 1 << 20
+# struct v9_mqd and v9_sdma_mqd: restore_mqd() copies that much, whatever the record says.
+_MIN_MQD = {KFD_QUEUE_TYPE_COMPUTE: 2048}
+_MIN_SDMA_MQD = 512
+_SIGNALS = (uapi.KFD_IOC_EVENT_SIGNAL, uapi.KFD_IOC_EVENT_DEBUG_EVENT)
+_EVENTS = (*_SIGNALS, uapi.KFD_IOC_EVENT_MEMORY, uapi.KFD_IOC_EVENT_HW_EXCEPTION)
 _MEMORY_TYPES = (
     uapi.KFD_IOC_ALLOC_MEM_FLAGS_VRAM
     | uapi.KFD_IOC_ALLOC_MEM_FLAGS_GTT
@@ -172,32 +189,89 @@ def _check_bo(bo: BoBucket, gpus: set[int]) -> None:
         raise BrokenPrivateData(f"{where} has {bo.size} bytes")
     if not 0 <= bo.addr <= _ADDRESS_LIMIT - bo.size or bo.addr % _PAGE:
         raise BrokenPrivateData(f"{where} of {bo.size} bytes is out of the address space")
-    if not 0 <= bo.alloc_flags <= _U32 or not bo.alloc_flags & _MEMORY_TYPES:
-        raise BrokenPrivateData(f"{where} has flags {bo.alloc_flags:#x}: no type of memory")
+    types = bo.alloc_flags & _MEMORY_TYPES
+    if not 0 <= bo.alloc_flags <= _U32 or types.bit_count() != 1:
+        raise BrokenPrivateData(f"{where} has flags {bo.alloc_flags:#x}: not one type of memory")
+    if bo.alloc_flags & ~(_MEMORY_TYPES | _KNOWN_FLAGS):
+        raise BrokenPrivateData(f"{where} has flags {bo.alloc_flags:#x}: some are unknown")
+    for offset in (bo.offset, bo.restored_offset):
+        if not 0 <= offset <= _U64:
+            raise BrokenPrivateData(f"{where} has the offset {offset}")
 
 
 def _check_private(checkpoint: KfdCheckpoint, private: PrivateData, gpus: set[int]) -> None:
-    handles: set[tuple[int, int]] = set()
+    handles: dict[tuple[int, int], int] = {}
     for bucket, bo in zip(checkpoint.bos, private.bos, strict=True):
         handle = (bucket.gpu_id, bo.idr_handle)
         if handle in handles:
             raise BrokenPrivateData(f"BO {bo.idr_handle} of GPU {bucket.gpu_id} is given twice")
-        handles.add(handle)
+        handles[handle] = bucket.size
         if not gpus.issuperset(bo.mapped_gpuids):
             raise BrokenPrivateData(f"BO {bo.idr_handle} is mapped to GPUs {bo.mapped_gpuids}")
+        if bucket.is_userptr and not _in_space(bo.user_addr, bucket.size):
+            raise BrokenPrivateData(f"BO {bo.idr_handle} is of memory at {bo.user_addr:#x}")
     for queue in private.queues:
-        if queue.gpu_id not in gpus:
-            raise BrokenPrivateData(f"queue {queue.q_id} is of GPU {queue.gpu_id}")
+        _check_queue(queue, gpus)
     _check_unique("queue", (queue.q_id for queue in private.queues))
+    _check_unique("doorbell", ((q.gpu_id, q.doorbell_id) for q in private.queues))
     _check_unique("event", (event.event_id for event in private.events))
     for event in private.events:
+        _check_event(event, handles)
+    if sum(bool(event.user_handle) for event in private.events) > 1:
+        raise BrokenPrivateData("the event page is given twice")
+
+
+def _in_space(address: int, length: int) -> bool:
+    return 0 <= address <= _ADDRESS_LIMIT - length
+
+
+def _check_queue(queue: QueueRecord, gpus: set[int]) -> None:
+    """What CREATE_QUEUE would refuse; RESTORE does not ask (set_queue_properties_from_criu)."""
+    where = f"queue {queue.q_id}"
+    if queue.gpu_id not in gpus:
+        raise BrokenPrivateData(f"{where} is of GPU {queue.gpu_id}")
+    ring = queue.q_size
+    least = _MIN_MQD.get(queue.type, _MIN_SDMA_MQD)
+    for holds, what in (
+        (queue.q_id < _MAX_QUEUES, "id"),
+        (queue.doorbell_id < _MAX_QUEUES, "doorbell"),
+        (queue.format <= 1, "format"),
+        (queue.gws <= 1, "global wave sync"),
+        (queue.priority <= uapi.KFD_MAX_QUEUE_PRIORITY, "priority"),
+        (queue.q_percent <= uapi.KFD_MAX_QUEUE_PERCENTAGE, "percentage"),
+        (ring <= 1 << 31 and not ring & (ring - 1), "ring size"),
+        (_in_space(queue.q_address, ring), "ring"),
+        (_in_space(queue.read_ptr_addr, 8) and not queue.read_ptr_addr % 4, "read pointer"),
+        (_in_space(queue.write_ptr_addr, 8) and not queue.write_ptr_addr % 4, "write pointer"),
+        (_in_space(queue.eop_ring_buffer_address, queue.eop_ring_buffer_size), "EOP buffer"),
+        (
+            _in_space(queue.ctx_save_restore_area_address, queue.ctx_save_restore_area_size),
+            "save area",
+        ),
+        (least <= len(queue.mqd) <= _MAX_MQD and not len(queue.mqd) % 4, "MQD"),
+        (len(queue.ctl_stack) <= _MAX_CONTROL_STACK, "control stack"),
+    ):
+        if not holds:
+            raise BrokenPrivateData(f"{where} has a wrong {what}")
+
+
+def _check_event(event: EventRecord, handles: Mapping[tuple[int, int], int]) -> None:
+    where = f"event {event.event_id}"
+    if event.type not in _EVENTS:
+        raise BrokenPrivateData(f"{where} has the type {event.type}")
+    # The kernel writes to its slot in the event page without looking at the number.
+    if event.type in _SIGNALS and event.event_id >= uapi.KFD_SIGNAL_EVENT_LIMIT:
+        raise BrokenPrivateData(f"{where} has no slot in the event page")
+    if event.user_handle:
         page = (uapi.GET_GPU_ID(event.user_handle), uapi.GET_IDR_HANDLE(event.user_handle))
-        if event.user_handle and page not in handles:
+        if page not in handles:
             raise BrokenPrivateData(f"the event page is BO {page[1]} of GPU {page[0]}: unknown")
+        if handles[page] < _EVENT_PAGE:
+            raise BrokenPrivateData(f"the event page has {handles[page]} bytes")
 
 
-def _check_unique(what: str, numbers: Iterable[int]) -> None:
-    seen: set[int] = set()
+def _check_unique(what: str, numbers: Iterable[Hashable]) -> None:
+    seen: set[Hashable] = set()
     for number in numbers:
         if number in seen:
             raise BrokenPrivateData(f"{what} {number} is given twice")

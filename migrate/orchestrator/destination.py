@@ -93,6 +93,10 @@ _SEEN: Mapping[str, DestinationEvent] = {
 }
 
 
+# What came from the source, before anything is built of it. Raises MigrateError.
+Check = Callable[[RestoreOrder, Mapping[int, bytes]], None]
+
+
 class DestinationRecord(Value):
     """The journal's ``destination`` record: a state and its token."""
 
@@ -134,6 +138,7 @@ class DestinationMigration:
         machine: DestinationHandover,
         *,
         source: SourceRecord,
+        check: Check = lambda _order, _manifest: None,
         staging: Staging | None = None,
         copy: CopyRecord | None = None,
         ran: Activity | None = None,
@@ -147,6 +152,7 @@ class DestinationMigration:
         self.last_heard = host.clock.monotonic()
         self.unfinished = False  # what was decided is not done yet: see go_on()
         self._untouched = False  # OWNED was written by us, and no RESUME was sent
+        self._check = check
         self._staging = staging
         self._close_session = close_session
         self._cancel = host.clock.event()
@@ -175,6 +181,7 @@ class DestinationMigration:
             self.last_heard = self.host.clock.monotonic()
             if self.machine.state is not DestinationState.RESERVED:
                 raise MigrationFailed(f"this attempt is {self.machine.state} and can't be restored")
+            self._check(order, manifest)
             self._ran, self.machine.hold = order.ran, order.hold_source
             if order.hold_source:
                 self.host.journal.append(self.id, "kept", KeptRecord(ran=order.ran))

@@ -53,10 +53,10 @@ def a_target(host: Host, *steps: tuple[object, ...]) -> tuple[Child, Layout]:
 
 
 def with_a_broken_queue(checkpoint: KfdCheckpoint) -> KfdCheckpoint:
-    """RESTORE fails at its objects, after the BOs: a queue's MQD has a byte too many."""
+    """RESTORE fails at its objects, after the BOs: a queue's MQD is a word too long."""
     private = checkpoint.private()
     objects = tuple(
-        msgspec.structs.replace(item, mqd=item.mqd + b"\0")
+        msgspec.structs.replace(item, mqd=item.mqd + bytes(4))
         if isinstance(item, QueueRecord)
         else item
         for item in private.objects

@@ -377,7 +377,10 @@ def replaced(bo: BoBucket, **changes: int) -> KfdCheckpoint:
         ({"addr": 1 << 60}, "address space"),
         ({"addr": 1}, "address space"),
         ({"addr": -4096}, "address space"),
-        ({"alloc_flags": 1 << 31}, "no type of memory"),
+        ({"alloc_flags": 1 << 31}, "not one type of memory"),
+        ({"alloc_flags": 3}, "not one type of memory"),
+        ({"alloc_flags": 1 | 1 << 10}, "some are unknown"),
+        ({"offset": 1 << 64}, "the offset"),
         ({"alloc_flags": 1 << 32 | 1}, "flags"),
     ],
 )
@@ -404,7 +407,7 @@ def with_private(**changes: object) -> KfdCheckpoint:
 
 def a_queue(gpu_id: int) -> QueueRecord:
     numbers = dict.fromkeys(set(QueueRecord.__struct_fields__) - {"mqd", "ctl_stack"}, 0)
-    plain = {"object_type": "queue", **numbers, "mqd": b"MQD", "gpu_id": gpu_id}
+    plain = {"object_type": "queue", **numbers, "mqd": bytes(2048), "gpu_id": gpu_id}
     return msgspec.convert(plain, QueueRecord)
 
 
@@ -460,7 +463,58 @@ def test_a_wrong_number_of_objects_is_refused(num_objects: int) -> None:
 def test_what_is_whole_passes() -> None:
     assert check_checkpoint(a_checkpoint()) == private()
     page = msgspec.structs.replace(EVENT, user_handle=uapi.MAKE_HANDLE(GPU, 1))
-    check_checkpoint(with_private(objects=(a_queue(GPU), page)))
+    whole = with_private(objects=(a_queue(GPU), page))
+    large = msgspec.structs.replace(whole.bos[0], size=uapi.KFD_SIGNAL_EVENT_LIMIT * 8)
+    check_checkpoint(msgspec.structs.replace(whole, bos=(large, *whole.bos[1:])))
+    # The kernel clears 32 KiB of it without asking how large it is.
+    with pytest.raises(BrokenPrivateData, match="the event page has 4096 bytes"):
+        check_checkpoint(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"q_id": 1024}, "id"),
+        ({"doorbell_id": 1024}, "doorbell"),
+        ({"format": 2}, "format"),
+        ({"gws": 2}, "global wave sync"),
+        ({"priority": 16}, "priority"),
+        ({"q_percent": 101}, "percentage"),
+        ({"q_size": 1000}, "ring size"),
+        ({"q_size": 1 << 32}, "ring size"),
+        ({"q_address": 1 << 57, "q_size": 4096}, "ring"),
+        ({"q_address": (1 << 64) - 4096, "q_size": 4096}, "ring"),
+        ({"read_ptr_addr": 1 << 60}, "read pointer"),
+        ({"write_ptr_addr": 3}, "write pointer"),
+        ({"eop_ring_buffer_address": 1 << 57, "eop_ring_buffer_size": 1}, "EOP"),
+        ({"ctx_save_restore_area_address": 1 << 63}, "save area"),
+        ({"mqd": bytes(2044)}, "MQD"),
+        ({"mqd": bytes(2050)}, "MQD"),
+        ({"mqd": bytes((1 << 20) + 4)}, "MQD"),
+        ({"type": 1, "mqd": bytes(508)}, "MQD"),
+    ],
+)
+def test_a_queue_that_create_queue_would_refuse(changes: dict[str, object], complaint: str) -> None:
+    queue = msgspec.structs.replace(a_queue(GPU), **changes)
+    with pytest.raises(BrokenPrivateData, match=f"wrong {complaint}"):
+        check_checkpoint(with_private(objects=(queue,)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"type": uapi.KFD_IOC_EVENT_NODECHANGE}, "has the type"),
+        ({"type": 1 << 31}, "has the type"),
+        ({"type": uapi.KFD_IOC_EVENT_SIGNAL, "event_id": 4096}, "no slot"),
+        ({"type": uapi.KFD_IOC_EVENT_DEBUG_EVENT, "event_id": 1 << 30}, "no slot"),
+    ],
+)
+def test_an_event_that_create_event_would_refuse(
+    changes: dict[str, object], complaint: str
+) -> None:
+    event = msgspec.structs.replace(EVENT, **changes)
+    with pytest.raises(BrokenPrivateData, match=complaint):
+        check_checkpoint(with_private(objects=(event,)))
 
 
 # ---------------------------------------------------------------- resume

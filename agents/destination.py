@@ -137,6 +137,24 @@ class Destinations:
             live = list(self._live.values())
         return [(migration.machine.state, migration.is_present()) for migration in live]
 
+    def go_on(self, migration: str) -> tuple[str, str] | None:
+        """State and what was done, "" if nothing is unfinished; None if it does not come here.
+
+        Raises MigrateError if it could not be done now; then it is done again by itself.
+        """
+        if self._host.journal.last(migration, "destination") is None:
+            return None
+        found = self.get(migration)
+        if found.machine.state in UNGRANTED:
+            self._ask_source(found, at_least=0.0)
+            left = found.machine.state in UNGRANTED
+            text = f"{found.source.name} was asked: " + ("it is kept" if left else "it is ended")
+            return str(found.machine.state), text
+        if not found.unfinished:
+            return str(found.machine.state), ""
+        found.go_on()
+        return str(found.machine.state), "it was gone on with"
+
     def staging_ranges(self) -> tuple[tuple[int, int], ...]:
         """Addresses of all staging in this process, for the accounting of memory."""
         with self._lock:
@@ -178,13 +196,13 @@ class Destinations:
                 except MigrateError as error:
                     _log.error("looking after %s: %s", migration.id, error)
 
-    def _ask_source(self, migration: DestinationMigration) -> None:
+    def _ask_source(self, migration: DestinationMigration, at_least: float = SILENCE) -> None:
         """A source that undid, or a reservation whose source is gone, ends the attempt.
 
         A prepared copy is kept while the source can't be reached: it may be the only one.
         """
         silent = self._host.clock.monotonic() - migration.last_heard
-        if silent < SILENCE:
+        if silent < at_least:
             return
         source = migration.source
         try:

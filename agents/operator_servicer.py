@@ -12,9 +12,11 @@ from importlib.metadata import version
 import grpc
 import msgspec
 
+from agents.aborting import abort
 from agents.destination import Destinations
 from agents.peer_servicer import parsed
 from agents.processes import list_processes
+from agents.recovering import recover
 from agents.resolving import resolve
 from agents.source import Sources
 from migrate.errors import UsageError
@@ -23,7 +25,6 @@ from migrate.orchestrator.checks import check_options
 from migrate.orchestrator.host import Host, available_memory
 from migrate.orchestrator.plan import PROTOCOL, Options
 from migrate.rpc.pb import agent_pb2, agent_pb2_grpc
-from migrate.status import SourceState
 
 MAX_LIST = 1000
 
@@ -108,8 +109,21 @@ class OperatorServicer(agent_pb2_grpc.AgentServicer):
         self, request: agent_pb2.AbortRequest, context: grpc.ServicerContext
     ) -> agent_pb2.AbortReply:
         """Ask for an abort; the answer says what can be promised."""
-        outcome, message = self._abort(request.id)
+        outcome, message = abort(self._host.name, self._sources, self._destinations, request.id)
         return agent_pb2.AbortReply(outcome=outcome, message=message)
+
+    def Recover(
+        self, request: agent_pb2.RecoverRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.RecoverReply:
+        """Go on now with what the journal has unfinished."""
+        rows = recover(
+            self._host.name,
+            self._host.journal,
+            self._sources,
+            self._destinations,
+            request.id,
+        )
+        return agent_pb2.RecoverReply(rows=msgspec.json.encode(rows))
 
     def Resolve(
         self, request: agent_pb2.ResolveRequest, context: grpc.ServicerContext
@@ -124,19 +138,3 @@ class OperatorServicer(agent_pb2_grpc.AgentServicer):
             fenced=request.fenced,
         )
         return agent_pb2.ResolveReply(message=message)
-
-    def _abort(self, migration: str) -> tuple[agent_pb2.AbortReply.Outcome, str]:
-        state = self._sources.state(migration)
-        if state in (SourceState.DONE, SourceState.ROLLED_BACK):
-            report = self._sources.report(migration)
-            return (
-                agent_pb2.AbortReply.ALREADY_ENDED,
-                f"it has ended: {report.status}, the process is at: {report.running}",
-            )
-        live = self._sources.get(migration)
-        if not live.abort():
-            return (
-                agent_pb2.AbortReply.TOO_LATE,
-                "the grant was given: only the destination's answer decides now",
-            )
-        return agent_pb2.AbortReply.CANCELLING, "it is being undone; the source runs on"

@@ -55,6 +55,7 @@ class Sources:
         self._dial = dial
         self._lock = host.clock.lock()
         self._live: dict[str, SourceMigration] = {}
+        self._let_go: frozenset[str] = frozenset()
         self._threads: dict[str, Thread] = {}
         # Called with the report when this agent has done what it can for a migration.
         self.listeners: list[Callable[[Report], None]] = []
@@ -108,6 +109,7 @@ class Sources:
         *let_go*: migrations whose process the watchdog let go, see there.
         One whose record can't be read is not touched: its process may be granted.
         """
+        self._let_go = frozenset(let_go)
         found = []
         for migration in self._host.journal.migrations():
             try:
@@ -121,6 +123,25 @@ class Sources:
                     self._launch(built, restarted=True)
                 found.append(migration)
         return found
+
+    def go_on(self, migration: str) -> tuple[str, str] | None:
+        """State and what is being done, "" if it has ended; None if it is not from here.
+
+        Raises JournalUnusable for a record that can't be read: its process is not touched.
+        """
+        if self._host.journal.last(migration, "request") is None:
+            return None
+        with self._lock:
+            if migration in self._running():
+                live = self._live[migration]
+                live.hurry()
+                return str(live.side.machine.state), live.doing()
+            built = self._recovered(migration)
+            if built is None:
+                return str(self.state(migration)), ""
+            built.let_go = migration in self._let_go
+            self._launch(built, restarted=True)
+        return str(built.side.machine.state), "it was left, and is taken up again"
 
     def _recovered(self, migration: str) -> SourceMigration | None:
         request = self._host.journal.last(migration, "request")
@@ -207,6 +228,7 @@ class Sources:
         for migration in live:
             migration.stop.set()
             migration.cancel.set()
+            migration.hurry()
         for thread in threads:
             thread.join(timeout=30)
         return not any(thread.is_alive() for thread in threads) and not any(

@@ -178,6 +178,18 @@ class Event(Value):
     schema: str = EVENT_SCHEMA
 
 
+class RecoveryRow(Value):
+    """What an agent was doing, or began to do, about one side of a migration.
+
+    ``side``: source or destination. ``state``: what its journal says, "" if it can't be read.
+    """
+
+    id: str
+    side: str
+    state: str
+    message: str
+
+
 class ProcessRow(Value):
     """One process of ``migrate ps``. ``vram`` is bytes by actual gpu_id, of each GPU it sees.
 

@@ -40,6 +40,7 @@ COMMANDS: dict[str, Entry] = {
     "show": Entry("migrate.cli.show:show_command", "Show the report of a migration."),
     "watch": Entry("migrate.cli.watch:watch_command", "Follow a migration."),
     "abort": Entry("migrate.cli.abort:abort_command", "Cancel a migration."),
+    "recover": Entry("migrate.cli.recover:recover_command", "Have an agent go on, now."),
     "resolve": Entry("migrate.cli.resolve:resolve_command", "Decide an owner nobody can name."),
     "map": Entry("migrate.cli.map:map_command", "Show which GPU would go where, and why."),
     "demo": Entry("migrate.cli.demo:demo_command", "Move a process between two simulated hosts."),

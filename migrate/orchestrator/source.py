@@ -144,6 +144,23 @@ class SourceMigration:
         """An operator's wish to end it. False: too late, the grant is given."""
         return self.side.abort()
 
+    def hurry(self) -> None:
+        """Whatever waits to be tried again is tried now."""
+        self.side.wake.set()
+
+    def has_process(self) -> bool:
+        """Whether the process is here, frozen or not."""
+        return self.host.engine.is_alive(self.process)
+
+    def doing(self) -> str:
+        """What is being done, for a person who asks whether anything is."""
+        state = self.side.machine.state
+        if state is not SourceState.GRANTED:
+            return "it is under way"
+        heard = self.side.heard
+        answered = f"its last answer was {heard.answer}" if heard else "it has not answered"
+        return f"{self.peer.name} is asked for its answer to the grant; {answered}"
+
     def resolve(self, resolution: Resolved) -> None:
         """An operator decides, who fenced the other host. Counts while the grant is unanswered."""
         self.side.resolve(resolution)

@@ -118,6 +118,7 @@ class SourceSide:
         self.patience = patience
         self.stop = stop
         self.cancel = cancel
+        self.wake = self.clock.event()  # what waits to be tried again is tried now
         self.answer: GrantReply | None = None
         self.answered_at = 0.0  # monotonic seconds
         self.heard: GrantReply | None = None  # the last answer, whether it moved us or not
@@ -149,8 +150,13 @@ class SourceSide:
                 event = self._again(event, error)
             if self.stop.is_set():
                 return
-            self.stop.wait(delay)
+            self._rest(delay)
             delay = min(delay * 2, RETRY_MAX)
+
+    def _rest(self, seconds: float) -> None:
+        """Between attempts; whoever sets ``stop`` sets ``wake``, too."""
+        self.wake.wait(seconds)
+        self.wake.clear()
 
     def settle(self, why: str) -> None:
         """Something failed: undo before the grant, go on after it."""
@@ -167,6 +173,7 @@ class SourceSide:
     def resolve(self, resolution: Resolved) -> None:
         """An operator decides, who fenced the other host; whoever asks there stops asking."""
         self._resolution = resolution
+        self.wake.set()
 
     def abort(self) -> bool:
         """An operator's wish to end it. False: too late, the grant is given."""
@@ -174,6 +181,7 @@ class SourceSide:
             if self.machine.state is not None and self.machine.state not in _BEFORE_GRANT:
                 return False
             self.cancel.set()
+            self.wake.set()
             return True
 
     def record(self, state: SourceState) -> None:
@@ -300,7 +308,7 @@ class SourceSide:
             if not told and self.clock.monotonic() - since >= self.patience:
                 told = True
                 self._owner_unknown(why)
-            self.stop.wait(delay)
+            self._rest(delay)
             delay = min(delay * 2, RETRY_MAX)
         return None
 
@@ -331,7 +339,7 @@ class SourceSide:
             try:
                 state = self.peer.query(self.migration)
             except MigrateError:
-                self.stop.wait(delay)
+                self._rest(delay)
                 delay = min(delay * 2, RETRY_MAX)
                 continue
             if state.state in _HAS_COPY and state.token:

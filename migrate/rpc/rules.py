@@ -43,6 +43,7 @@ RULES: Mapping[str, Rule] = {
     "/migrate.v1.Agent/Check": Rule(roles=OPERATORS),
     "/migrate.v1.Agent/Run": Rule(roles=OPERATORS),
     "/migrate.v1.Agent/Abort": Rule(roles=OPERATORS),
+    "/migrate.v1.Agent/Recover": Rule(roles=OPERATORS),
     "/migrate.v1.Agent/Resolve": Rule(roles=ADMINS),
     "/migrate.v1.Peer/Examine": Rule(roles=AGENTS),
     "/migrate.v1.Peer/Reserve": Rule(roles=AGENTS),

@@ -152,6 +152,18 @@ class AbortReply(_message.Message):
     message: str
     def __init__(self, outcome: _Optional[_Union[AbortReply.Outcome, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
+class RecoverRequest(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class RecoverReply(_message.Message):
+    __slots__ = ("rows",)
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    rows: bytes
+    def __init__(self, rows: _Optional[bytes] = ...) -> None: ...
+
 class ResolveRequest(_message.Message):
     __slots__ = ("id", "owner", "fenced")
     ID_FIELD_NUMBER: _ClassVar[int]

@@ -74,6 +74,11 @@ class AgentStub:
                 request_serializer=migrate_dot_v1_dot_agent__pb2.AbortRequest.SerializeToString,
                 response_deserializer=migrate_dot_v1_dot_agent__pb2.AbortReply.FromString,
                 _registered_method=True)
+        self.Recover = channel.unary_unary(
+                '/migrate.v1.Agent/Recover',
+                request_serializer=migrate_dot_v1_dot_agent__pb2.RecoverRequest.SerializeToString,
+                response_deserializer=migrate_dot_v1_dot_agent__pb2.RecoverReply.FromString,
+                _registered_method=True)
         self.Resolve = channel.unary_unary(
                 '/migrate.v1.Agent/Resolve',
                 request_serializer=migrate_dot_v1_dot_agent__pb2.ResolveRequest.SerializeToString,
@@ -138,6 +143,14 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Recover(self, request, context):
+        """Goes on now with what the journal has unfinished. Decides nothing that the agent would not
+        decide by itself. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Resolve(self, request, context):
         """An operator decides who owns a process after the other host was fenced: switched off, or
         kept otherwise from ever running it. Idempotent.
@@ -188,6 +201,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=migrate_dot_v1_dot_agent__pb2.AbortRequest.FromString,
                     response_serializer=migrate_dot_v1_dot_agent__pb2.AbortReply.SerializeToString,
+            ),
+            'Recover': grpc.unary_unary_rpc_method_handler(
+                    servicer.Recover,
+                    request_deserializer=migrate_dot_v1_dot_agent__pb2.RecoverRequest.FromString,
+                    response_serializer=migrate_dot_v1_dot_agent__pb2.RecoverReply.SerializeToString,
             ),
             'Resolve': grpc.unary_unary_rpc_method_handler(
                     servicer.Resolve,
@@ -411,6 +429,33 @@ class Agent:
             '/migrate.v1.Agent/Abort',
             migrate_dot_v1_dot_agent__pb2.AbortRequest.SerializeToString,
             migrate_dot_v1_dot_agent__pb2.AbortReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Recover(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrate.v1.Agent/Recover',
+            migrate_dot_v1_dot_agent__pb2.RecoverRequest.SerializeToString,
+            migrate_dot_v1_dot_agent__pb2.RecoverReply.FromString,
             options,
             channel_credentials,
             insecure,

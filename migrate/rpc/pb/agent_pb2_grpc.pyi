@@ -15,6 +15,7 @@ class AgentStub:
     Show: grpc.UnaryUnaryMultiCallable[agent_pb2.ShowRequest, agent_pb2.ShowReply]
     List: grpc.UnaryUnaryMultiCallable[agent_pb2.ListRequest, agent_pb2.ListReply]
     Abort: grpc.UnaryUnaryMultiCallable[agent_pb2.AbortRequest, agent_pb2.AbortReply]
+    Recover: grpc.UnaryUnaryMultiCallable[agent_pb2.RecoverRequest, agent_pb2.RecoverReply]
     Resolve: grpc.UnaryUnaryMultiCallable[agent_pb2.ResolveRequest, agent_pb2.ResolveReply]
 
 class AgentServicer:
@@ -42,6 +43,9 @@ class AgentServicer:
     def Abort(
         self, request: agent_pb2.AbortRequest, context: grpc.ServicerContext
     ) -> agent_pb2.AbortReply: ...
+    def Recover(
+        self, request: agent_pb2.RecoverRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.RecoverReply: ...
     def Resolve(
         self, request: agent_pb2.ResolveRequest, context: grpc.ServicerContext
     ) -> agent_pb2.ResolveReply: ...

@@ -567,6 +567,33 @@ class BrokenPrivateData(MigrationFailed):
     )
 
 
+class ImageBroken(MigrationFailed):
+    """An image is incomplete, torn, altered, or of another release."""
+
+    reason = "IMAGE_BROKEN"
+    exit_code = 87
+    advice = "Nothing was started. Take another image; check the disk this one lies on."
+
+
+class ImageUsed(MigrationFailed):
+    """An image was restored before, and two copies of one process are rarely meant."""
+
+    reason = "IMAGE_USED"
+    exit_code = 88
+    advice = "If the other copy is gone, or a second one is wanted, add --again."
+
+
+class DowntimeExceeded(MigrationFailed):
+    """The user would rather stay than stand for longer than allowed (``--or-stay``)."""
+
+    reason = "DOWNTIME_EXCEEDED"
+    exit_code = 89
+    advice = (
+        "The process writes its memory faster than the link carries it. Allow a longer"
+        " --max-downtime, or --throttle, or leave out --or-stay."
+    )
+
+
 class DrainIncomplete(MigrationFailed):
     """A drain moved not all processes; those that it did not move run on at the source."""
 

@@ -29,6 +29,16 @@ SCHEMA_STARTED = "migrate.started/1"
     help="Seconds; pre-copy goes on until the prediction is below, or no longer falls.",
 )
 @click.option(
+    "--throttle",
+    is_flag=True,
+    help="Where pre-copy makes no progress, let the process stand half of the time meanwhile.",
+)
+@click.option(
+    "--or-stay",
+    is_flag=True,
+    help="Rather give up than stop the process for longer than --max-downtime.",
+)
+@click.option(
     "--max-rounds",
     type=click.IntRange(min=1, max=100),
     default=5,
@@ -91,6 +101,8 @@ def run_command(
     *,
     no_precopy: bool,
     max_downtime: float,
+    throttle: bool,
+    or_stay: bool,
     max_rounds: int,
     bandwidth: float | None,
     streams: int,
@@ -111,6 +123,8 @@ def run_command(
         precopy=not no_precopy,
         max_downtime=max_downtime,
         max_rounds=max_rounds,
+        throttle=throttle,
+        or_stay=or_stay,
         bandwidth=None if bandwidth is None else int(bandwidth * 1024 * 1024),
         streams=streams,
         patience=patience,

@@ -98,6 +98,11 @@ class Intake:
         if run.codec is Codec.ZERO:
             staged.store_zeros(run.offset, run.length)
             return None
+        if run.codec is Codec.DUPLICATE:
+            origin = self._session.staging.get(run.origin[0])
+            staged.copy_from(origin, run.origin[1], run.offset, run.length)
+            staged.commit(run.offset, run.length, run.digests)
+            return None
         self._target = staged.begin(run.offset, run.length)
         return run
 

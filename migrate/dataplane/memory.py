@@ -2,7 +2,8 @@
 
 A BO's pages may vanish under us (a truncated memfd, a driver that can't bring them back). So
 Python never touches the mapping itself: bytes are copied by :mod:`.sigbus`, which answers
-EFAULT where a load would trap. Written is a memfd by pwrite(2), which makes missing pages at
+EFAULT where a load would trap. Holes of a sparse memfd are read by pread(2), which makes no
+pages of them. Written is a memfd by pwrite(2), which makes missing pages at
 half the cost of touching them in a mapping (measured: 0.4 against 0.7 CPU seconds a GB).
 """
 
@@ -12,6 +13,8 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from migrate import process_vm
 from migrate.dataplane import sigbus
@@ -96,9 +99,11 @@ class MmapAccess:
         self._base = offset
         self.size = size
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
         self._map: mmap.mmap | None = None
         self._mapping: sigbus.Mapping | None = None
         self._closed = False
+        self._users = 0  # copies under way
         self.by_file = self._readable()  # whether it is written by pwrite
 
     def _readable(self) -> bool:
@@ -115,9 +120,11 @@ class MmapAccess:
     def read(self, offset: int, into: memoryview) -> None:
         """See MemoryAccess. EFAULT if the object's pages are gone, then and for good."""
         _bounds(self.size, offset, len(into))
-        if len(into):
-            mapping = self._mapped()
-            sigbus.copy(address_of(into), mapping.start + offset, len(into), mapping)
+        if self.by_file and self._has_holes(offset, len(into)):
+            self._file_read(offset, into)
+        elif len(into):
+            with self._using() as mapping:
+                sigbus.copy(address_of(into), mapping.start + offset, len(into), mapping)
 
     def write(self, offset: int, data: memoryview) -> None:
         """See MemoryAccess. EFAULT if the object's pages are gone, then and for good."""
@@ -125,22 +132,37 @@ class MmapAccess:
         if self.by_file:
             self._file_write(offset, data)
         elif len(data):
-            mapping, source = self._mapped(), _readable(data)
-            sigbus.copy(mapping.start + offset, address_of(source), len(data), mapping)
+            source = _readable(data)
+            with self._using() as mapping:
+                sigbus.copy(mapping.start + offset, address_of(source), len(data), mapping)
 
     def close(self) -> None:
-        """See MemoryAccess. Idempotent."""
-        with self._lock:
+        """See MemoryAccess. Idempotent; other threads' copies end first, new ones fail."""
+        with self._idle:
             if self._closed:
                 return
             self._closed = True
+            while self._users:
+                self._idle.wait()
             if self._map is not None:
                 self._map.close()
                 self._map = self._mapping = None
         if self._own:
             os.close(self._fd)
 
-    def _mapped(self) -> sigbus.Mapping:
+    @contextmanager
+    def _using(self) -> Iterator[sigbus.Mapping]:
+        """The mapping, which ``close`` leaves alone meanwhile."""
+        mapping = self._begin()
+        try:
+            yield mapping
+        finally:
+            with self._idle:
+                self._users -= 1
+                if self._closed:
+                    self._idle.notify_all()
+
+    def _begin(self) -> sigbus.Mapping:
         with self._lock:
             if self._closed:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -152,7 +174,25 @@ class MmapAccess:
                     raise OSError(errno.EFAULT, message) from error
                 pages = -(-self.size // mmap.PAGESIZE) * mmap.PAGESIZE
                 self._mapping = sigbus.Mapping(address_of(memoryview(self._map)), pages)
+            self._users += 1
             return self._mapping
+
+    def _has_holes(self, offset: int, length: int) -> bool:
+        """Whether some of it was never written: to touch that in a mapping would make pages."""
+        try:
+            return os.lseek(self._fd, self._base + offset, os.SEEK_HOLE) < (
+                self._base + offset + length
+            )
+        except OSError:  # past the end (ENXIO), or a file without SEEK_HOLE
+            return True
+
+    def _file_read(self, offset: int, into: memoryview) -> None:
+        done = 0
+        while done < len(into):
+            count = os.preadv(self._fd, [into[done:]], self._base + offset + done)
+            if not count:
+                raise OSError(errno.EFAULT, f"Bad address: the object ends before {offset:#x}")
+            done += count
 
     def _file_write(self, offset: int, data: memoryview) -> None:
         done = 0

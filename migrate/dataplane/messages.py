@@ -38,6 +38,7 @@ class Codec(IntEnum):
     ZSTD = 2
     PLANES2_ZSTD = 3  # bytes of 2-byte values apart, then zstd
     PLANES4_ZSTD = 4
+    DUPLICATE = 5  # no payload: as chunks that came before on the same connection
 
 
 class ObjectInfo(Value):
@@ -51,6 +52,7 @@ class ObjectInfo(Value):
 
 _DECLARE = struct.Struct(">IBBHQI")
 _DATA = struct.Struct(">IBBHQI")
+_ORIGIN = struct.Struct(">IQ")
 _PAIR = struct.Struct(">QQ")
 _ONE = struct.Struct(">I")
 _SEQ = struct.Struct(">Q")
@@ -84,7 +86,9 @@ def parse_declare(meta: bytes) -> ObjectInfo:
 class Run(Value):
     """Meta of DATA: *length* raw bytes of an object from *offset*, a whole number of chunks.
 
-    ``digests`` are those of its chunks, 16 bytes each; empty for ZERO.
+    ``digests`` are those of its chunks, 16 bytes each; empty for ZERO. ``origin`` of a
+    DUPLICATE: object and offset of the bytes it is to be made of, which the source sent before
+    on this connection and in this round, so that nobody changes them meanwhile.
     """
 
     object_id: int
@@ -92,10 +96,13 @@ class Run(Value):
     offset: int
     length: int
     digests: bytes = b""
+    origin: tuple[int, int] = (0, 0)
 
     def pack(self) -> bytes:
         """Meta of DATA."""
         head = _DATA.pack(self.object_id, self.codec, 0, 0, self.offset, self.length)
+        if self.codec is Codec.DUPLICATE:
+            head += _ORIGIN.pack(*self.origin)
         return head + self.digests
 
     @classmethod
@@ -108,8 +115,20 @@ class Run(Value):
             known = Codec(codec)
         except ValueError:
             raise FrameRejected(f"unknown codec {codec}") from None
+        at, origin = _DATA.size, (0, 0)
+        if known is Codec.DUPLICATE:
+            at += _ORIGIN.size
+            if len(meta) < at:
+                raise FrameRejected(f"DUPLICATE of {len(meta)} bytes, at least {at} are due")
+            number, start = _ORIGIN.unpack(meta[_DATA.size : at])
+            origin = (number, start)
         return cls(
-            object_id=id_, codec=known, offset=offset, length=length, digests=meta[_DATA.size :]
+            object_id=id_,
+            codec=known,
+            offset=offset,
+            length=length,
+            digests=meta[at:],
+            origin=origin,
         )
 
     def check(self, info: ObjectInfo, payload_length: int) -> None:
@@ -125,7 +144,8 @@ class Run(Value):
                 raise FrameRejected(f"malformed zero frame: {where}")
             return
         wanted = chunk_count(self.length, info.chunk) * DIGEST_SIZE
-        if self.length > MAX_PAYLOAD or len(self.digests) != wanted or not payload_length:
+        bare = self.codec is Codec.DUPLICATE
+        if self.length > MAX_PAYLOAD or len(self.digests) != wanted or bare != (not payload_length):
             raise FrameRejected(f"malformed data frame: {where}")
         if self.codec is Codec.RAW and payload_length != self.length:
             raise FrameRejected(f"raw frame of {payload_length} bytes: {where}")

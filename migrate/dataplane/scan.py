@@ -6,11 +6,16 @@ what is hashed and what is sent, so a digest is always one of the very bytes it 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from migrate.dataplane.access import MemoryAccess
-from migrate.dataplane.chunks import DIGEST_SIZE, address_of, chunk_count, digest, is_zero_at
+from migrate.dataplane.chunks import DIGEST_SIZE, address_of, digest, is_zero_at
 from migrate.dataplane.source import Round, SourceObject, Span, read
+from migrate.errors import MigrationFailed
+
+What = str | tuple[int, int]  # of a chunk; a tuple: the object and offset it is a duplicate of
+KEPT, ZERO, SENT = "kept", "zero", "sent"
 
 
 class RunSink(Protocol):
@@ -24,6 +29,22 @@ class RunSink(Protocol):
 
     def send_run(self, source: SourceObject, offset: int, raw: memoryview, digests: bytes) -> None:
         """Send whole chunks."""
+
+    def origin(self, digest: bytes, here: tuple[int, int]) -> tuple[int, int] | None:
+        """Where the same bytes were sent before: object and offset.
+
+        None if nowhere: then *here* they are about to be.
+        """
+
+    def send_duplicate(
+        self,
+        source: SourceObject,
+        offset: int,
+        length: int,
+        digests: bytes,
+        origin: tuple[int, int],
+    ) -> None:
+        """Say that whole chunks are as those of *origin*."""
 
 
 class SpanScan:
@@ -47,7 +68,13 @@ class SpanScan:
         address = address_of(buffer)
         for offset in range(self._span.offset, self._end, len(buffer)):
             piece = buffer[: min(len(buffer), self._end - offset)]
-            read(self._source.info, self._access, offset, piece)
+            try:
+                read(self._source.info, self._access, offset, piece)
+            except MigrationFailed:
+                if self._source.info.id not in self._sink.round.gone:
+                    raise
+                self._done = self._end  # nothing more of it, and nothing to do again
+                break
             self._piece(offset, piece, address)
         self._flush_zeros()
 
@@ -65,25 +92,43 @@ class SpanScan:
     def _piece(self, offset: int, piece: memoryview, address: int) -> None:
         """One piece, all its chunks at once: what is done for each of them alone is dear."""
         source, chunk = self._source, self._source.info.chunk
-        first, count = offset // chunk, chunk_count(len(piece), chunk)
+        first = offset // chunk
         digests, zero = self._digests(piece, address, first)
         source.seen.set_run(first, digests)
         differs = source.held.differing(first, digests)
         self._count(offset, len(piece), differs, zero)
-        start = 0
-        while start < count:  # neighbours of which the same is to be said
-            end, same = start + 1, (differs[start], zero[start])
-            while end < count and (differs[end], zero[end]) == same:
-                end += 1
+        for start, end, what in self._groups(offset, digests, differs, zero):
             at, to = start * chunk, min(end * chunk, len(piece))
-            if same == (True, False):
-                found = digests[start * DIGEST_SIZE : end * DIGEST_SIZE]
-                self._send_run(offset + at, piece[at:to], found)
-            elif same == (True, True):
+            if what is ZERO:
                 self._zero(offset + at, to - at)
-            start = end
+            elif what is not KEPT:
+                found = digests[start * DIGEST_SIZE : end * DIGEST_SIZE]
+                self._send_run(offset + at, piece[at:to], found, what)
         if self._zero_from < 0:
             self._done = offset + len(piece)
+
+    def _groups(
+        self, offset: int, digests: bytes, differs: list[bool], zero: list[bool]
+    ) -> Iterator[tuple[int, int, What]]:
+        """Neighbours of which the same is to be said: first chunk, the one after, and what."""
+        chunk = self._source.info.chunk
+        start = 0
+        what: What = KEPT
+        for index, (changed, empty) in enumerate(zip(differs, zero, strict=True)):
+            now: What = ZERO if empty and changed else KEPT
+            if changed and not empty:
+                here = (self._source.info.id, offset + index * chunk)
+                found = digests[index * DIGEST_SIZE : (index + 1) * DIGEST_SIZE]
+                now = self._sink.origin(found, here) or SENT
+            if isinstance(what, tuple):
+                joined = now == (what[0], what[1] + (index - start) * chunk)
+            else:
+                joined = now is what
+            if not joined:
+                if index > start:
+                    yield start, index, what
+                start, what = index, now
+        yield start, len(differs), what
 
     def _digests(self, piece: memoryview, address: int, first: int) -> tuple[bytes, list[bool]]:
         """The digests of a piece's chunks, and which of them are zero."""
@@ -109,10 +154,13 @@ class SpanScan:
         counters = self._sink.round.counters
         counters.add(scanned=scanned, changed=changed, unchanged=scanned - changed, zero=zeros)
 
-    def _send_run(self, offset: int, raw: memoryview, digests: bytes) -> None:
+    def _send_run(self, offset: int, raw: memoryview, digests: bytes, what: What) -> None:
         self._flush_zeros()
         self._done = offset + len(raw)
-        self._sink.send_run(self._source, offset, raw, digests)
+        if isinstance(what, tuple):
+            self._sink.send_duplicate(self._source, offset, len(raw), digests, what)
+        else:
+            self._sink.send_run(self._source, offset, raw, digests)
 
     def _zero(self, offset: int, length: int) -> None:
         if self._zero_to != offset:

@@ -16,10 +16,10 @@ from migrate.dataplane.chooser import AdaptiveChooser, Chooser
 from migrate.dataplane.frame import AeadFactory
 from migrate.dataplane.messages import ObjectInfo
 from migrate.dataplane.pacer import Pacer
-from migrate.dataplane.source import Progress, Round, SourceObject
+from migrate.dataplane.source import Manifest, ObjectBook, Progress, Round
 from migrate.dataplane.stats import RoundStats
 from migrate.dataplane.stream import MIN_WINDOW, Refusal, SourceStream, StreamOptions
-from migrate.errors import FrameRejected, StreamBroken, VerificationFailed
+from migrate.errors import FrameRejected, StreamBroken
 
 EpochSource = Callable[[], int]
 PROGRESS_INTERVAL = 0.1  # seconds
@@ -78,10 +78,8 @@ class Sender:
             )
             for index in range(streams)
         ]
-        self._objects: dict[int, SourceObject] = {}
-        self._dropped: set[int] = set()
-        self._last: tuple[int, ...] = ()
-        self._last_began: float | None = None
+        self._book = ObjectBook()
+        self._round: Round | None = None  # under way
 
     def send_round(
         self,
@@ -96,17 +94,13 @@ class Sender:
         (memory that can't be read), or what the destination refused with.
         """
         began = time.monotonic()
-        sources = [(self._source(info), access) for info, access in objects]
-        for source, _ in sources:
-            source.seen.forget_run(0, source.seen.count)
-        forget = sorted(self._dropped & self._objects.keys())
-        round_ = Round(sources, forget, cancel or threading.Event())
-        self._run(round_, progress)
-        for object_id in forget:
-            del self._objects[object_id]
-        self._last = tuple(info.id for info, _ in objects)
-        since = began - self._last_began if self._last_began is not None else 0.0
-        self._last_began = began
+        sources, forget = self._book.begin(objects)
+        round_ = self._round = Round(sources, forget, cancel or threading.Event())
+        try:
+            self._run(round_, progress)
+        finally:
+            self._round = None
+        since = self._book.ended([info.id for info, _ in objects], forget, began)
         return round_.counters.stats(time.monotonic() - began, since)
 
     def resume(self, cancel: threading.Event | None = None) -> None:
@@ -119,7 +113,7 @@ class Sender:
             self._run(Round([], [], cancel or threading.Event()), None)  # opens every stream
             try:
                 for info, first, count, state in self._streams[0].state(len(self._streams)):
-                    self._source(info).held.load(first, count, state)
+                    self._book.source(info).held.load(first, count, state)
                 return
             except Refusal as refusal:
                 raise refusal.error from None
@@ -129,16 +123,6 @@ class Sender:
                     raise StreamBroken(
                         f"the destination does not state what it holds: {error}"
                     ) from error
-
-    def _source(self, info: ObjectInfo) -> SourceObject:
-        if info.id in self._dropped:
-            raise ValueError(f"object id {info.id} was dropped and is not used again")
-        source = self._objects.get(info.id)
-        if source is None:
-            source = self._objects[info.id] = SourceObject(info)
-        elif source.info != info:
-            raise ValueError(f"object {info.id} changed from {source.info} to {info}")
-        return source
 
     def _run(self, round_: Round, progress: Progress | None) -> None:
         def work(stream: SourceStream) -> None:
@@ -165,22 +149,22 @@ class Sender:
 
     def drop_object(self, object_id: int) -> None:
         """The object is gone: the destination frees it with the next round. Idempotent."""
-        self._dropped.add(object_id)
+        self._book.dropped.add(object_id)
 
-    def manifest(self) -> dict[int, tuple[int, bytes]]:
+    def give_up(self, object_id: int) -> None:
+        """In the round under way (from ``progress``): this object's access may be closed now.
+
+        What was not read yet is left out, also of the manifest; a later round may bring it.
+        """
+        if self._round is not None:
+            self._round.gone.add(object_id)
+
+    def manifest(self) -> Manifest:
         """Size and digests (16 bytes a chunk) of the objects of the last round, as it read them.
 
         Raises VerificationFailed if the round left a chunk out.
         """
-        result = {}
-        for object_id in self._last:
-            source = self._objects[object_id]
-            missing = next(source.seen.unknown(), None)
-            if missing is not None:
-                at = missing * source.info.chunk
-                raise VerificationFailed(f"object {object_id}: the chunk at {at:#x} was not read")
-            result[object_id] = (source.info.size, bytes(source.seen.digests))
-        return result
+        return self._book.manifest()
 
     def close(self) -> None:
         """Drop the connections. Idempotent."""

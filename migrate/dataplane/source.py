@@ -9,7 +9,7 @@ from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.chunks import ChunkTable
 from migrate.dataplane.messages import ObjectInfo
 from migrate.dataplane.stats import Counters
-from migrate.errors import Cancelled, MigrationFailed
+from migrate.errors import Cancelled, MigrationFailed, VerificationFailed
 from migrate.model import Value
 
 SPAN = 4 << 20  # bytes of an object that one stream takes at a time
@@ -66,6 +66,7 @@ class Round:
         self._cancel = cancel
         self._failed = threading.Event()
         self.error: BaseException | None = None
+        self.gone: set[int] = set()  # objects whose memory was given up during the round
         self._lock = threading.Lock()
         self._items = _items(objects, forget)
 
@@ -103,6 +104,63 @@ def _items(
         for offset in range(0, max(source.info.size, 1), SPAN):
             length = min(SPAN, source.info.size - offset)
             yield Span(object_id=source.info.id, offset=offset, length=length)
+
+
+Manifest = dict[int, tuple[int, bytes]]  # size and digests (16 bytes a chunk) by object id
+
+
+class ObjectBook:
+    """The objects of one sender across its rounds."""
+
+    def __init__(self) -> None:
+        self._objects: dict[int, SourceObject] = {}
+        self.dropped: set[int] = set()
+        self._last: tuple[int, ...] = ()
+        self._last_began: float | None = None
+
+    def source(self, info: ObjectInfo) -> SourceObject:
+        """The object of that id, made when first met. Raises ValueError if it changed."""
+        if info.id in self.dropped:
+            raise ValueError(f"object id {info.id} was dropped and is not used again")
+        source = self._objects.get(info.id)
+        if source is None:
+            source = self._objects[info.id] = SourceObject(info)
+        elif source.info != info:
+            raise ValueError(f"object {info.id} changed from {source.info} to {info}")
+        return source
+
+    def begin(
+        self, objects: Sequence[tuple[ObjectInfo, MemoryAccess]]
+    ) -> tuple[list[tuple[SourceObject, MemoryAccess]], list[int]]:
+        """The objects of a new round, nothing of them seen yet, and the ids to forget."""
+        sources = [(self.source(info), access) for info, access in objects]
+        for source, _ in sources:
+            source.seen.forget_run(0, source.seen.count)
+        return sources, sorted(self.dropped & self._objects.keys())
+
+    def ended(self, objects: Sequence[int], forgotten: Sequence[int], began: float) -> float:
+        """The round is done; seconds since the one before began, 0.0 if it is the first."""
+        for object_id in forgotten:
+            del self._objects[object_id]
+        self._last = tuple(objects)
+        since = began - self._last_began if self._last_began is not None else 0.0
+        self._last_began = began
+        return since
+
+    def manifest(self) -> Manifest:
+        """The objects of the last round, as it read them.
+
+        Raises VerificationFailed if the round left a chunk out.
+        """
+        result = {}
+        for object_id in self._last:
+            source = self._objects[object_id]
+            missing = next(source.seen.unknown(), None)
+            if missing is not None:
+                at = missing * source.info.chunk
+                raise VerificationFailed(f"object {object_id}: the chunk at {at:#x} was not read")
+            result[object_id] = (source.info.size, bytes(source.seen.digests))
+        return result
 
 
 def read(info: ObjectInfo, access: MemoryAccess, offset: int, into: memoryview) -> None:

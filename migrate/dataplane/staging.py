@@ -70,6 +70,22 @@ class StagedObject:
                 )
         self.table.set_run(offset // chunk, digests)
 
+    def copy_from(self, origin: StagedObject, start: int, offset: int, length: int) -> None:
+        """Put here, at *offset*, what came for *origin* at *start*; ``commit`` is to follow.
+
+        Raises FrameRejected if these bytes of *origin* are not all known.
+        """
+        chunk = origin.info.chunk
+        first, count = start // chunk, chunk_count(start % chunk + length, chunk)
+        known = origin.table.known[first : first + count]
+        if start + length > origin.info.size or not all(known):
+            raise FrameRejected(
+                f"object {self.info.id}: a duplicate of bytes {start:#x} + {length:#x} of"
+                f" object {origin.info.id}, which are not here"
+            )
+        target = self.begin(offset, length)
+        ctypes.memmove(address_of(target), origin.address + start, length)
+
     def store_zeros(self, offset: int, length: int) -> None:
         """These whole chunks are zero."""
         first = offset // self.info.chunk

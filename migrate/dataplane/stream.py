@@ -38,6 +38,7 @@ from migrate.model import Value
 
 ANSWER_TIMEOUT = 30.0  # seconds the destination may take to answer
 MAX_FRAMES_IN_FLIGHT = 1024
+MAX_ORIGINS = 1 << 14  # chunks remembered to find duplicates of; some 150 bytes each
 MIN_WINDOW = 4 << 20  # bytes; twice what the destination places between acknowledgements
 
 
@@ -91,6 +92,7 @@ class SourceStream:
         self._in_flight = 0
         self._todo: deque[Item] = deque()  # lost in a cut
         self._declared: set[int] = set()
+        self._origins: dict[bytes, tuple[int, int]] = {}  # of this round and connection
         self._failing_since: float | None = None
         self.round: Round
 
@@ -100,6 +102,7 @@ class SourceStream:
         Raises MigrateError; the stream is then closed.
         """
         self.round = round_
+        self._origins.clear()
         self._failing_since = None
         try:
             while not self._attempt():
@@ -173,6 +176,7 @@ class SourceStream:
         self._requeue()
         self._epoch = epoch
         self._declared.clear()
+        self._origins.clear()
 
     def _make_lanes(self, channel: Channel, epoch: int, nonces: bytes) -> None:
         def key(lane: Lane) -> bytes:
@@ -354,6 +358,34 @@ class SourceStream:
         item = counted(source, offset, length)
         self._send_data(source, run, b"", item, source.held.zero_digests(first, count))
         self.round.counters.sent(Codec.ZERO, length, 0)
+
+    def origin(self, digest: bytes, here: tuple[int, int]) -> tuple[int, int] | None:
+        """See RunSink. Safe: the destination has placed it when the next frame is read."""
+        found = self._origins.get(digest)
+        if found is None and len(self._origins) < MAX_ORIGINS:
+            self._origins[digest] = here
+        return found
+
+    def send_duplicate(
+        self,
+        source: SourceObject,
+        offset: int,
+        length: int,
+        digests: bytes,
+        origin: tuple[int, int],
+    ) -> None:
+        """Say that whole chunks are as those of *origin*."""
+        source.held.forget_run(offset // source.info.chunk, len(digests) // DIGEST_SIZE)
+        run = Run(
+            object_id=source.info.id,
+            codec=Codec.DUPLICATE,
+            offset=offset,
+            length=length,
+            digests=digests,
+            origin=origin,
+        )
+        self._send_data(source, run, b"", counted(source, offset, length), digests)
+        self.round.counters.sent(Codec.DUPLICATE, length, 0)
 
     def send_run(self, source: SourceObject, offset: int, raw: memoryview, digests: bytes) -> None:
         """Send whole chunks."""

@@ -1,4 +1,4 @@
-"""When to stop pre-copy: a pure function of what the rounds showed.
+"""When to stop pre-copy, and what to do where it does not help: a pure function of the rounds.
 
 Pre-copy shortens the freeze only while a round sends less than the one before. KFD
 has no dirty log, so what is known of the future is the last round: what changed
@@ -18,7 +18,9 @@ class Decision(StrEnum):
     """What to do after a round."""
 
     AGAIN = "again"
+    THROTTLE = "throttle"  # again, the workload's queues paused half of the time
     STOP_AND_COPY = "stop-and-copy"
+    STAY = "stay"  # give up: the process goes on where it is
 
 
 class Costs(Value):
@@ -30,6 +32,19 @@ class Costs(Value):
 
     placement: float
     fixed: float
+
+
+class Policy(Value):
+    """What the user allows. ``max_downtime`` in seconds.
+
+    ``throttle``: the workload may be slowed down. ``or_stay``: rather stay than be stopped
+    for longer than ``max_downtime``.
+    """
+
+    max_downtime: float
+    max_rounds: int
+    throttle: bool = False
+    or_stay: bool = False
 
 
 class Verdict(Value):
@@ -55,11 +70,12 @@ def predict(rounds: Sequence[Round], costs: Costs) -> float:
 
 
 def decide(
-    rounds: Sequence[Round], costs: Costs, *, max_downtime: float, max_rounds: int
+    rounds: Sequence[Round], costs: Costs, policy: Policy, *, throttled: bool = False
 ) -> Verdict:
-    """Whether another round pays. *rounds* holds at least one.
+    """Whether another round pays, and what else. *rounds* holds at least one.
 
-    The first round sends everything, so only from the second on is there a dirty rate.
+    The first round sends everything, so only from the second on is there a dirty rate. With
+    *throttled* the last round ran with the workload slowed down already.
     """
     last = rounds[-1]
     predicted = predict(rounds, costs)
@@ -67,12 +83,24 @@ def decide(
     def verdict(decision: Decision, why: str) -> Verdict:
         return Verdict(decision=decision, why=why, predicted_downtime=predicted)
 
-    if len(rounds) >= max_rounds:
-        return verdict(Decision.STOP_AND_COPY, f"{max_rounds} rounds are the limit")
+    def no_use(why: str) -> Verdict:
+        """Further rounds as they are do not help."""
+        if predicted <= policy.max_downtime:
+            return verdict(Decision.STOP_AND_COPY, why)
+        if policy.or_stay:
+            return verdict(Decision.STAY, f"{why}, and the downtime would be over the limit")
+        return verdict(Decision.STOP_AND_COPY, why)
+
+    if len(rounds) >= policy.max_rounds:
+        return no_use(f"{policy.max_rounds} rounds are the limit")
     if len(rounds) == 1:
         return verdict(Decision.AGAIN, "one round shows no dirty rate yet")
-    if predicted <= max_downtime:
+    if predicted <= policy.max_downtime:
         return verdict(Decision.STOP_AND_COPY, "the predicted downtime is within the limit")
     if last.changed >= NO_PROGRESS * max(1, rounds[-2].changed):
-        return verdict(Decision.STOP_AND_COPY, "another round would not make it shorter")
+        if policy.throttle and not throttled:
+            return verdict(Decision.THROTTLE, "no progress: the workload is slowed down")
+        return no_use("another round would not make it shorter")
+    if throttled:
+        return verdict(Decision.THROTTLE, "each round still sends less")
     return verdict(Decision.AGAIN, "each round still sends less")

@@ -12,7 +12,7 @@ from migrate.journal import Journal
 from migrate.kfd.file import KfdFile, open_device
 from migrate.kfd.probe import bo_record_size
 from migrate.kfd.process import RestoreProof, resume
-from migrate.kfd.sysfs import read_topology, read_vram
+from migrate.kfd.sysfs import VramUsage, read_topology, read_vram
 from migrate.model import HostPaths, ProcessRef
 from migrate.orchestrator import life
 from migrate.orchestrator.clock import Clock
@@ -41,7 +41,11 @@ class Host:
 
     def free_vram(self) -> dict[int, int]:
         """Free VRAM in bytes by gpu_id."""
-        return {usage.gpu_id: usage.free for usage in read_vram(self.paths, self.topology())}
+        return {usage.gpu_id: usage.free for usage in self.vram()}
+
+    def vram(self) -> tuple[VramUsage, ...]:
+        """VRAM of every GPU that tells it."""
+        return read_vram(self.paths, self.topology())
 
     @cached_property
     def bo_record_size(self) -> int:

@@ -17,6 +17,9 @@ class Options(Value):
     precopy: bool = True
     max_rounds: int = 5
     max_downtime: float = 0.5  # seconds; the rounds stop when the prediction is below
+    throttle: bool = False  # the workload may be slowed down where rounds do not help
+    or_stay: bool = False  # rather stay than be stopped for longer than max_downtime
+    leave_running: bool = False  # of an image: the process goes on, nothing is handed over
     bandwidth: int | None = None  # bytes a second, None for no limit
     streams: int = 2
     gpu_map: str = ""  # as the user typed it: OLD=NEW,...

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from migrate import faults
+from migrate.dataplane.access import MemoryAccess
+from migrate.dataplane.messages import ObjectInfo
 from migrate.dataplane.sender import Sender
 from migrate.dataplane.stats import RoundStats
 from migrate.engine import procfs
@@ -19,6 +21,7 @@ from migrate.engine.seam import CpuImage, Survey
 from migrate.errors import (
     Cancelled,
     ConnectedSockets,
+    DowntimeExceeded,
     EngineUnsupported,
     MigrateError,
     MigrationFailed,
@@ -30,7 +33,7 @@ from migrate.errors import (
 from migrate.kfd.process import Checkpointed, KfdCheckpoint, KfdProcess
 from migrate.model import GpuMap
 from migrate.orchestrator import convergence, preflight
-from migrate.orchestrator.convergence import Decision
+from migrate.orchestrator.convergence import Decision, Policy
 from migrate.orchestrator.figures import SourceFigures, unanswered_error
 from migrate.orchestrator.handover import (
     Answer,
@@ -39,6 +42,7 @@ from migrate.orchestrator.handover import (
     Restarted,
     SourceHandover,
 )
+from migrate.orchestrator.holding import Holding, listed, shortage
 from migrate.orchestrator.host import Host
 from migrate.orchestrator.life import INTERVAL, SUSPECT, WINDOW, Look, between, take_look
 from migrate.orchestrator.narrator import Narrator
@@ -56,6 +60,7 @@ from migrate.orchestrator.source_handover import (
 from migrate.report import Report
 from migrate.status import Owner, SourceState, Status
 
+HELD_BACK = 0.1  # seconds that a slowed workload stands, as long as it then runs
 ENDING = 5.0  # seconds that a killed process may take to be gone
 SenderFactory = Callable[[str, Reservation, Options], Sender]
 
@@ -105,6 +110,14 @@ class SourceMigration:
         )
         self._objects = ObjectTable()
         self._sent_before: set[int] = set()
+        self._policy = Policy(
+            max_downtime=options.max_downtime,
+            max_rounds=options.max_rounds,
+            throttle=options.throttle,
+            or_stay=options.or_stay,
+        )
+        self._throttled = False  # the workload is slowed down during the round under way
+        self._vram_short = ""  # why live rounds must not go on
         self._reservation: Reservation | None = None
         self._first_look: Look | None = None
         self._ran = Activity()
@@ -315,12 +328,18 @@ class SourceMigration:
             verdict = convergence.decide(
                 self.figures.rounds,
                 self.figures.costs(),
-                max_downtime=self.options.max_downtime,
-                max_rounds=self.options.max_rounds,
+                self._policy,
+                throttled=self._throttled,
             )
             self.figures.predicted = verdict.predicted_downtime
             self.narrator.say(verdict.why, predicted=verdict.predicted_downtime)
-            if verdict.decision is Decision.STOP_AND_COPY:
+            self._throttled = verdict.decision is Decision.THROTTLE
+            if verdict.decision is Decision.STAY:
+                raise DowntimeExceeded(
+                    f"the process would stand for {verdict.predicted_downtime:.2f} s, and"
+                    f" {self.options.max_downtime:.2f} s are the limit: {verdict.why}"
+                )
+            if verdict.decision is Decision.STOP_AND_COPY or self._vram_short:
                 return
 
     def _switchover(self) -> None:
@@ -422,7 +441,13 @@ class SourceMigration:
         total = sum(order.size for order in orders)
         started = time.monotonic()
 
+        holding: Holding | None = None
+
         def progress(done: int, _total: int) -> None:
+            if holding is not None:
+                holding.tick()
+            if self._throttled and not frozen:
+                self._hold_back()
             rate = done / max(time.monotonic() - started, 1e-6)
             self.narrator.say(
                 "",
@@ -437,8 +462,57 @@ class SourceMigration:
             orders, checkpoints, lambda r: self.host.engine.memory(self.process, r)
         ) as objects:
             self._drop_gone({info.id for info, _ in objects})
+            if not frozen:
+                holding = self._holding(orders, objects, checkpoints)
             stats: RoundStats = self._sender.send_round(objects, progress, self.cancel)
+        if holding is not None and holding.dropped:
+            self._vram_short = holding.dropped
+            self.narrator.say(f"no more live rounds: {holding.dropped}")
         self.figures.sent(stats, orders, frozen=frozen)
+
+    def _holding(
+        self,
+        orders: Sequence[ObjectOrder],
+        objects: Sequence[tuple[ObjectInfo, MemoryAccess]],
+        held: Sequence[Checkpointed],
+    ) -> Holding:
+        assert self._sender is not None
+        gpus = tuple(self._map().as_dict())
+
+        def relist() -> dict[int, int]:
+            with self._snapshot() as now:
+                orders = self._bo_orders([c.checkpoint for c in now.checkpoints])
+                return listed(orders, now.checkpoints)
+
+        return Holding(
+            orders,
+            objects,
+            held,
+            clock=self.host.clock,
+            relist=relist,
+            short=lambda: shortage(self.host.vram(), gpus),
+            give_up=self._sender.give_up,
+        )
+
+    def _hold_back(self) -> None:
+        """Let the workload stand for a moment: half of the time, as this is called."""
+
+        def stand(kfd: Sequence[KfdProcess]) -> None:
+            try:
+                for process in kfd:
+                    process.process_info()
+                self.cancel.wait(HELD_BACK)
+            finally:
+                for process in kfd:
+                    process.unpause_if_paused()
+
+        note_pausing(self.host.journal, self.id)
+        try:
+            self.host.engine.snapshot(self.process, stand)
+        except NoSuchProcess as error:
+            raise ProcessExited(str(error)) from error
+        finally:
+            note_unpaused(self.host.journal, self.id)
 
     def _drop_gone(self, present: set[int]) -> None:
         """Objects that the process freed since the last round are freed over there too."""

@@ -2,7 +2,8 @@
 
     python -m tests.integration.churn --log LOG --until FILE [--hold BYTES]
 
-With --hold it has one buffer of that size instead (sparse: nothing is written to it).
+With --hold it has one buffer of that size instead (sparse: nothing is written to it); with
+--swap FILE it fills that, frees that once FILE exists, and a little later allocates as much again.
 Each line of the log is one operation; "ok" is the last one if every buffer held what was
 written into it, wherever the program was moved meanwhile.
 """
@@ -24,6 +25,7 @@ from scenarios.workloads.device import Bo
 SIZES = (64 << 10, 1 << 20, 4096, 2 << 20)
 LIVE = 6  # buffers at a time
 PACE = 0.003  # seconds
+SWAP_PAUSE = 3.0  # seconds between a free and the next allocation of the same size
 
 
 class Record(Value):
@@ -32,6 +34,8 @@ class Record(Value):
     log: str
     until: str
     hold: int
+    swap: str = ""
+    swapped: bool = False
     gpus: tuple[int, ...] = ()
     bos: tuple[Bo, ...] = ()
     made: int = 0
@@ -86,14 +90,22 @@ class Churn:
 
     def _fill(self, record: Record) -> Record:
         bo = record.bos[-1]
-        if not record.hold:
+        if record.swap:
+            view(bo.address, bo.size)[:] = os.urandom(bo.size)
+        elif not record.hold:
             view(bo.address, bo.size)[:] = pattern(bo) * (bo.size // 4096)
         return self._say(record, f"filled {record.made}", filled=record.made)
 
     def _free(self, record: Record) -> Record:
         time.sleep(PACE)
         if record.hold:
-            return self._say(record, "holds")
+            if not record.swap or record.swapped or not Path(record.swap).exists():
+                return self._say(record, "holds")
+            record = self._say(record, "swapping")
+            with self.runtime.indivisible():
+                device.free(self.runtime, record.bos[0])
+                time.sleep(SWAP_PAUSE)
+                return self._commit(msgspec.structs.replace(record, bos=(), swapped=True))
         oldest, *rest = record.bos
         check(oldest)
         with self.runtime.indivisible():
@@ -124,6 +136,7 @@ def main() -> None:
         parser.add_argument("--log", required=True)
         parser.add_argument("--until", required=True)
         parser.add_argument("--hold", type=int, default=0)
+        parser.add_argument("--swap", default="")
         record = msgspec.convert(vars(parser.parse_args()), Record)
     runtime.commit(record)
     program = Churn(runtime, record)

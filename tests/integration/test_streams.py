@@ -15,7 +15,7 @@ from migrate.dataplane.channel import Channel, MemoryListener, TcpListener, conn
 from migrate.dataplane.memory import BytesAccess, MmapAccess
 from migrate.dataplane.messages import ObjectInfo, ObjectKind
 from migrate.dataplane.receiver import Receiver, Session
-from migrate.dataplane.scan import SpanScan
+from migrate.dataplane.scan import SpanScan, What
 from migrate.dataplane.sender import Sender
 from migrate.dataplane.source import Span
 from migrate.dataplane.stream import SourceStream
@@ -140,6 +140,40 @@ def test_a_chunk_that_became_zero_is_zero_there(rig: Rig) -> None:
     assert place_and_verify(rig.session, sender, 1) == read_all(data)
 
 
+def test_what_came_before_is_not_sent_twice(rig: Rig) -> None:
+    """Within one object and between two; also when the second changes in a later round."""
+    same = os.urandom(MIB)
+    first, second = memfd(3 * MIB, same + os.urandom(MIB) + same), memfd(MIB, same)
+    sender = rig.sender(streams=1)
+    begun = sender.send_round(objects(first, second))
+    assert begun.codecs == {"raw": 2 * MIB, "duplicate": 2 * MIB}
+    assert begun.wire < 2 * MIB + 10_000
+    first.write(0, memoryview(os.urandom(MIB)))
+    second.write(CHUNK, memoryview(os.urandom(CHUNK)))
+    sender.send_round(objects(first, second))
+    assert place_and_verify(rig.session, sender, 1) == read_all(first)
+    assert place_and_verify(rig.session, sender, 2) == read_all(second)
+
+
+@pytest.mark.parametrize("origin", [(1, CHUNK), (1, MIB), (1, MIB - CHUNK + 1), (9, 0)], ids=str)
+def test_a_duplicate_of_what_did_not_come_is_refused(rig: Rig, origin: tuple[int, int]) -> None:
+    rig.session.staging.declare(info(1, memfd(MIB)))
+    staged = rig.session.staging.get(1)
+    with pytest.raises(FrameRejected, match="not here|not declared"):
+        staged.copy_from(rig.session.staging.get(origin[0]), origin[1], 0, CHUNK)
+
+
+def test_a_duplicate_that_is_none_is_refused(rig: Rig) -> None:
+    """The digest decides, not what the source says of its origin."""
+    data = memfd(MIB, os.urandom(MIB))
+    sender = rig.sender(streams=1)
+    sender.send_round(objects(data))
+    staged = rig.session.staging.get(1)
+    staged.copy_from(staged, CHUNK, 0, CHUNK)
+    with pytest.raises(FrameRejected, match="fails its digest"):
+        staged.commit(0, CHUNK, sender.manifest()[1][1][:16])
+
+
 def test_memory_touched_ahead_takes_the_same_objects(rig: Rig) -> None:
     data = memfd(4 * MIB, os.urandom(3 * MIB))
     rig.session.staging.prepare([info(1, data)])
@@ -167,10 +201,10 @@ def test_placing_zeros_cleans_a_dirty_target(rig: Rig) -> None:
 class SkippingScan(SpanScan):
     """The bug that verification must catch: a changed chunk is not sent."""
 
-    def _send_run(self, offset: int, raw: memoryview, digests: bytes) -> None:
+    def _send_run(self, offset: int, raw: memoryview, digests: bytes, what: What) -> None:
         if offset == 0 and len(raw) > CHUNK:
-            return super()._send_run(offset + CHUNK, raw[CHUNK:], digests[16:])
-        return super()._send_run(offset, raw, digests)
+            return super()._send_run(offset + CHUNK, raw[CHUNK:], digests[16:], what)
+        return super()._send_run(offset, raw, digests, what)
 
 
 @pytest.mark.parametrize("second_round", [False, True])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migrate.orchestrator.convergence import Costs, Decision, decide, predict
+from migrate.orchestrator.convergence import Costs, Decision, Policy, decide, predict
 from migrate.report import Round
 
 COSTS = Costs(placement=1e9, fixed=0.3)
@@ -33,7 +33,7 @@ HISTORIES = st.lists(st.integers(0, 1 << 30), min_size=1, max_size=12)
 
 @given(HISTORIES, st.floats(0, 10), st.integers(1, 12))
 def test_it_ends_within_the_round_limit(history: list[int], limit: float, most: int) -> None:
-    verdict = decide(rounds(*history), COSTS, max_downtime=limit, max_rounds=most)
+    verdict = decide(rounds(*history), COSTS, Policy(max_downtime=limit, max_rounds=most))
     assert verdict.why
     if len(history) >= most:
         assert verdict.decision is Decision.STOP_AND_COPY
@@ -43,7 +43,7 @@ def test_it_ends_within_the_round_limit(history: list[int], limit: float, most: 
 def test_another_round_is_made_only_where_the_last_one_helped(
     history: list[int], limit: float
 ) -> None:
-    verdict = decide(rounds(*history), COSTS, max_downtime=limit, max_rounds=100)
+    verdict = decide(rounds(*history), COSTS, Policy(max_downtime=limit, max_rounds=100))
     if verdict.decision is Decision.AGAIN and len(history) > 1:
         assert history[-1] < history[-2]
         assert verdict.predicted_downtime > limit
@@ -56,7 +56,7 @@ def test_the_prediction_counts_every_byte_and_the_fixed_part(history: list[int])
 
 
 def test_a_prediction_within_the_limit_stops_at_once() -> None:
-    verdict = decide(rounds(100, 50), COSTS, max_downtime=5.0, max_rounds=100)
+    verdict = decide(rounds(100, 50), COSTS, Policy(max_downtime=5.0, max_rounds=100))
     assert (verdict.decision, verdict.why) == (
         Decision.STOP_AND_COPY,
         "the predicted downtime is within the limit",
@@ -64,10 +64,38 @@ def test_a_prediction_within_the_limit_stops_at_once() -> None:
 
 
 def test_one_round_is_never_enough_to_judge() -> None:
-    verdict = decide(rounds(0), COSTS, max_downtime=1e9, max_rounds=100)
+    verdict = decide(rounds(0), COSTS, Policy(max_downtime=1e9, max_rounds=100))
     assert verdict.decision is Decision.AGAIN
 
 
 def test_no_progress_stops() -> None:
-    verdict = decide(rounds(1000, 500, 499), COSTS, max_downtime=0.0, max_rounds=100)
+    verdict = decide(rounds(1000, 500, 499), COSTS, Policy(max_downtime=0.0, max_rounds=100))
     assert verdict.why == "another round would not make it shorter"
+
+
+@given(HISTORIES, st.floats(0, 10), st.integers(1, 12), st.booleans())
+def test_who_would_rather_stay_is_never_stopped_for_longer(
+    history: list[int], limit: float, most: int, throttle: bool
+) -> None:
+    policy = Policy(max_downtime=limit, max_rounds=most, throttle=throttle, or_stay=True)
+    verdict = decide(rounds(*history), COSTS, policy)
+    if verdict.decision is Decision.STOP_AND_COPY:
+        assert verdict.predicted_downtime <= limit
+
+
+@given(HISTORIES, st.floats(0, 10), st.booleans(), st.booleans())
+def test_nobody_stays_or_is_slowed_down_who_did_not_allow_it(
+    history: list[int], limit: float, throttle: bool, or_stay: bool
+) -> None:
+    policy = Policy(max_downtime=limit, max_rounds=5, throttle=throttle, or_stay=or_stay)
+    verdict = decide(rounds(*history), COSTS, policy)
+    assert verdict.decision is not Decision.THROTTLE or throttle
+    assert verdict.decision is not Decision.STAY or or_stay
+
+
+def test_a_workload_that_writes_faster_than_the_link_is_slowed_down_once() -> None:
+    policy = Policy(max_downtime=0.0, max_rounds=9, throttle=True)
+    assert decide(rounds(9, 9), COSTS, policy).decision is Decision.THROTTLE
+    helped = decide(rounds(9, 9, 4), COSTS, policy, throttled=True)
+    assert helped.decision is Decision.THROTTLE
+    assert decide(rounds(9, 9, 9), COSTS, policy, throttled=True).decision is Decision.STOP_AND_COPY

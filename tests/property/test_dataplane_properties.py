@@ -182,6 +182,8 @@ class Sink:
         self.round = round_
         self.held = bytearray(os.urandom(size))
         self.sent = 0
+        self.duplicates = 0
+        self.origins: dict[bytes, tuple[int, int]] = {}
 
     def send_zeros(self, source: SourceObject, offset: int, length: int) -> None:
         self.held[offset : offset + length] = bytes(length)
@@ -194,6 +196,23 @@ class Sink:
         self.held[offset : offset + len(raw)] = raw
         self.sent += len(raw)
         source.held.set_run(offset // CHUNK, digests)
+
+    def origin(self, digest: bytes, here: tuple[int, int]) -> tuple[int, int] | None:
+        found = self.origins.get(digest)
+        self.origins.setdefault(digest, here)
+        return found
+
+    def send_duplicate(
+        self,
+        source: SourceObject,
+        offset: int,
+        length: int,
+        digests: bytes,
+        origin: tuple[int, int],
+    ) -> None:
+        raw = bytes(self.held[origin[1] : origin[1] + length])
+        self.send_run(source, offset, memoryview(raw), digests)
+        self.duplicates += 1
 
 
 @unhurried
@@ -219,6 +238,7 @@ def test_rounds_of_scans_keep_the_destination_the_same(
                 end = min(size, (index + 1) * CHUNK)
                 memory[index * CHUNK : end] = bytes([fill]) * (end - index * CHUNK)
         sink.sent = 0
+        sink.origins.clear()  # as at the start of every round
         SpanScan(sink, source, access, Span(object_id=1, offset=0, length=size)).run()
         assert sink.held == memory
         if number:

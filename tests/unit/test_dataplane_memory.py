@@ -9,6 +9,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -139,10 +141,43 @@ def test_a_range_of_another_process() -> None:
         read(access, 0, 16)
 
 
+def test_reading_a_hole_makes_no_pages_of_it() -> None:
+    fd = memfd()
+    access = MmapAccess(fd, SIZE)
+    os.pwrite(fd, b"x" * 4096, PIECE)
+    assert read(access, 0, SIZE) == bytes(PIECE) + b"x" * 4096 + bytes(SIZE - PIECE - 4096)
+    assert os.fstat(fd).st_blocks * 512 == 4096
+    access.close()
+
+
+def test_closing_waits_for_copies_and_ends_later_ones() -> None:
+    """A buffer is let go while streams read it."""
+    fd = memfd()
+    os.pwrite(fd, b"x" * SIZE, 0)
+    access = MmapAccess(fd, SIZE)
+    errors: list[OSError] = []
+
+    def work() -> None:
+        try:
+            while True:
+                assert read(access, PIECE, 1 << 20) == b"x" * (1 << 20)
+        except OSError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    access.close()
+    for thread in threads:
+        thread.join()
+    assert [error.errno for error in errors] == [errno.EBADF] * 3
+
+
 def test_zeros_in_place_of_vanished_pages_are_never_taken_for_contents() -> None:
     """The page that the handler of SIGBUS puts there stays: no later read may trust it."""
     fd = memfd()
-    access = MmapAccess(fd, SIZE)
+    access = OnlyMmap(fd, SIZE)
     os.pwrite(fd, b"x" * SIZE, 0)
     assert read(access, 0, 10) == b"x" * 10
     os.ftruncate(fd, 4096)

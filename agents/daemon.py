@@ -19,6 +19,7 @@ from agents.config import AgentConfig
 from agents.destination import Destinations
 from agents.health import Health
 from agents.logs import use_json_lines
+from agents.notify import Notifier
 from agents.operator_servicer import OperatorServicer
 from agents.peer_servicer import PeerServicer
 from agents.source import Sources
@@ -29,7 +30,7 @@ from migrate.dataplane.peak_memory import PeakMemory as PeakMemorySampler
 from migrate.dataplane.receiver import Receiver
 from migrate.engine.reexec import ReexecEngine
 from migrate.engine.seam import ProcessEngine
-from migrate.errors import AgentBusy, UsageError
+from migrate.errors import AgentBusy, JournalUnusable, UsageError
 from migrate.inventory import split_address
 from migrate.journal import Journal
 from migrate.model import HostPaths
@@ -108,6 +109,15 @@ class Agent:
             _log.warning("going on with migration %s", migration)
         if self._collector is not None:
             self._collector.recover()
+
+    def is_well(self) -> bool:
+        """Whether the journal can be read, without which nothing goes on."""
+        try:
+            self.journal.last("", "")
+        except JournalUnusable as error:
+            _log.error("not well: %s", error)
+            return False
+        return True
 
     def stop(self) -> None:
         """Undo what was not granted, leave the rest on record, and end."""
@@ -233,8 +243,12 @@ def serve(config: AgentConfig, ready_fd: int | None = None) -> None:
             os.write(ready_fd, f"{agent.address}\n".encode())
         os.close(ready_fd)
     _log.info("agent of %s answers at %s", config.name, agent.address)
+    notifier = Notifier()
+    notifier.ready(f"answers at {agent.address}")
     # A signal that came while the whole process was stopped may be taken by another thread,
     # and then nothing wakes this one, which alone runs handlers.
     while not ended.wait(WAKE):
-        continue
+        if notifier.watchdog and agent.is_well():
+            notifier.alive()
+    notifier.stopping()
     agent.stop()

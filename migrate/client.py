@@ -18,7 +18,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -33,6 +33,7 @@ from migrate.errors import (
     ProtocolMismatch,
     StillRunning,
     UnknownMigration,
+    UsageError,
 )
 from migrate.inventory import Host, Inventory, TlsFiles
 from migrate.model import Value
@@ -46,6 +47,7 @@ from migrate.rpc.tls import open_channel
 from migrate.status import ENDED, Owner
 from migrate.topology.model import Topology
 
+REQUEST_SCHEMA = "migrate.request/1"
 CALL = 10.0  # seconds for a call that only looks
 START = 30.0  # seconds for a call that starts a migration
 RECONNECT = 30.0  # seconds that an agent may be away while we watch
@@ -67,6 +69,21 @@ class HostInfo(Value):
     free_vram: dict[int, int]
     available_memory: int
     hides_gpus: bool
+
+
+class Request(Value):
+    """What a scheduler asks for: one process moved. The same key never starts two migrations.
+
+    ``start_time``: of the process's row in the process list, 0 for whoever has the pid.
+    """
+
+    source: str
+    destination: str
+    pid: int
+    idempotency_key: str = ""
+    start_time: int = 0
+    options: Options = Options()
+    schema: str = REQUEST_SCHEMA
 
 
 @contextmanager
@@ -173,18 +190,34 @@ class Client:
         if that migration ended long ago. Without one, two calls are two migrations.
         *start_time*: that of the ProcessRow; another process with its pid is then refused.
         """
-        target = self.inventory.host(destination)
-        request = agent_pb2.RunRequest(
-            pid=pid,
+        return self.submit(
+            Request(
+                source=source,
+                destination=destination,
+                pid=pid,
+                idempotency_key=key,
+                start_time=start_time,
+                options=options or Options(),
+            )
+        )
+
+    def submit(self, request: Request) -> str:
+        """As run(), of a request that may have come as JSON. Raises UsageError for a schema
+        that is not ours."""
+        if request.schema != REQUEST_SCHEMA:
+            raise UsageError(f"{request.schema!r} is not {REQUEST_SCHEMA}")
+        target = self.inventory.host(request.destination)
+        wire = agent_pb2.RunRequest(
+            pid=request.pid,
             destination=target.name,
             destination_address=target.address,
             # A call that gRPC repeats on its own must not start a second one either.
-            idempotency_key=key or secrets.token_hex(16),
-            options=msgspec.json.encode(options or Options()),
-            start_time=start_time,
+            idempotency_key=request.idempotency_key or secrets.token_hex(16),
+            options=msgspec.json.encode(request.options),
+            start_time=request.start_time,
         )
-        with self._agent(source) as stub:
-            return str(stub.Run(request, timeout=START).id)
+        with self._agent(request.source) as stub:
+            return str(stub.Run(wire, timeout=START).id)
 
     def show(self, source: str, migration: str) -> Report:
         """The report as things stand. Raises UnknownMigration."""
@@ -225,11 +258,19 @@ class Client:
         they are over, UnknownMigration.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
+        away: float | None = None
         while True:
-            with suppress(AgentUnreachable):
+            try:
                 report = self.show(source, migration)
+                away = None
                 if report.status in ENDED or report.owner is Owner.UNKNOWN:
                     return report
+            except AgentUnreachable:
+                away = time.monotonic()
+            except UnknownMigration:
+                # An agent that has just been started still reads its journal.
+                if away is None or time.monotonic() > away + RECONNECT:
+                    raise
             if deadline is not None and time.monotonic() > deadline:
                 raise StillRunning(f"migration {migration} has not ended within {timeout:g} s")
             time.sleep(AGAIN)

@@ -155,6 +155,41 @@ class UnknownMigration(MigrateError):
     advice = "Give the whole id, and the host that drove it."
 
 
+class SshFailed(MigrateError):
+    """A host can't be reached or logged in to by SSH."""
+
+    reason = "SSH_FAILED"
+    exit_code = 20
+    advice = "Try `ssh HOST true` with the same configuration; keys may also come from ssh-agent."
+
+
+class HostKeyUnknown(MigrateError):
+    """The SSH key of a host is not known, or not the one that is known."""
+
+    reason = "HOST_KEY_UNKNOWN"
+    exit_code = 21
+    advice = (
+        "Compare the key with what the host's console shows (ssh-keygen -lf"
+        " /etc/ssh/ssh_host_ed25519_key.pub), then put it into known_hosts yourself."
+    )
+
+
+class HostUnfit(MigrateError):
+    """A host lacks what an agent needs."""
+
+    reason = "HOST_UNFIT"
+    exit_code = 22
+    advice = "Mend what the message names; nothing was changed on the host."
+
+
+class DeployFailed(MigrateError):
+    """An agent could not be installed, started or removed."""
+
+    reason = "DEPLOY_FAILED"
+    exit_code = 23
+    advice = "See the message, mend it, and give the same command again: it goes on where it was."
+
+
 class StillRunning(MigrateError):
     """A wait was over before the migration was."""
 

@@ -132,6 +132,18 @@ class Cluster:
         setup: AgentSetup | None = None,
     ) -> SimulatedHost:
         """Start a node and its agent. Other slots give other gpu_ids on each host."""
+        self.add_node(name, profile, slot_offset=slot_offset, node_options=node_options)
+        return self.start_agent(name, setup)
+
+    def add_node(
+        self,
+        name: str,
+        profile: str = "mi210x2",
+        *,
+        slot_offset: int | None = None,
+        node_options: Sequence[str] = (),
+    ) -> SimulatedHost:
+        """Start a node alone: its agent is somebody else's."""
         offset = len(self.hosts) * 3 if slot_offset is None else slot_offset
         root = self.folder / name
         node = self._start(
@@ -147,7 +159,6 @@ class Cluster:
         )  # fmt: skip
         host = SimulatedHost(name, root, node)
         self.hosts[name] = host
-        self.start_agent(name, setup)
         return host
 
     def start_agent(self, name: str, setup: AgentSetup | None = None) -> SimulatedHost:

@@ -19,7 +19,7 @@ from scenarios.cluster import Cluster, wait_until
 from tests.integration.jobs import Job, migrate, start_job, twin_digest
 
 STEPS = 600
-PACE = 0.05  # seconds between steps: a job outlasts its drain
+PACE = 0.1  # seconds between steps: a job outlasts its drain
 LIMIT = 400.0  # seconds
 
 

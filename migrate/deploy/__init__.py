@@ -1,0 +1,1 @@
+"""Agents put on hosts by SSH: checked, installed, enrolled, started, verified, removed."""

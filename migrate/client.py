@@ -263,7 +263,9 @@ class Client:
             try:
                 report = self.show(source, migration)
                 away = None
-                if report.status in ENDED or report.owner is Owner.UNKNOWN:
+                # In every handover the owner is unknown for a moment; a failure says for longer.
+                unknown = report.owner is Owner.UNKNOWN and report.failure is not None
+                if report.status in ENDED or unknown:
                     return report
             except AgentUnreachable:
                 away = time.monotonic()

@@ -8,7 +8,7 @@ from typing import TextIO
 
 import click
 
-from migrate.cli.settings import Settings, configure_logging
+from migrate.cli.settings import Settings, add_shared_options, configure_logging
 
 EXAMPLE = """\b
 name = "node1"              # as in its certificate and in inventories
@@ -23,7 +23,23 @@ key = "node1.key"
 """
 
 
-@click.group("agent")
+class _Group(click.Group):
+    """Imports ``deploy`` when it is used: an agent has no need of SSH."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """See click."""
+        return sorted({*super().list_commands(ctx), "deploy"})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """See click."""
+        if cmd_name == "deploy" and cmd_name not in self.commands:
+            command = importlib.import_module("migrate.cli.deploy").deploy_command
+            add_shared_options(command)
+            self.add_command(command)
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group("agent", cls=_Group)
 def agent_command() -> None:
     """The daemon of a host."""
 

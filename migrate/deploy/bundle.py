@@ -94,7 +94,9 @@ def make(platform: Platform, cache: Path) -> Bundle:
         own = cache / "own"
         own.mkdir(parents=True, exist_ok=True)
         data = own_wheel()
-        name = f"migrate-{version('migrate')}-{hashlib.sha256(data).hexdigest()[:12]}-py3-none-any.whl"
+        name = (
+            f"migrate-{version('migrate')}-{hashlib.sha256(data).hexdigest()[:12]}-py3-none-any.whl"
+        )
         path = own / name
         if not path.exists():
             path.with_suffix(".new").write_bytes(data)
@@ -142,7 +144,7 @@ def _dependencies(platform: Platform, cache: Path) -> list[Path]:
 
 
 def own_wheel() -> bytes:
-    """Our packages as they are installed here, from a checkout too. The same code, the same bytes."""
+    """Our packages as they are installed here, also from a checkout. Same code, same bytes."""
     memory = io.BytesIO()
     with zipfile.ZipFile(memory, "w", zipfile.ZIP_DEFLATED) as wheel:
         for package in PACKAGES:

@@ -171,9 +171,7 @@ class Deployment:
     def _connection(self) -> Connection:
         self._say("connecting")
         wanted = self._wanted
-        return Connection(
-            self._host.name, self._config, user=wanted.user, python=wanted.python
-        )
+        return Connection(self._host.name, self._config, user=wanted.user, python=wanted.python)
 
     def _kfd(self) -> str:
         return f"{self._wanted.root}/kfd" if self._wanted.root else "/dev/kfd"
@@ -259,9 +257,7 @@ class Deployment:
         self._say("enrolling")
         request = there.call(remote.read, f"{etc}/{name}.csr")
         if request is None:
-            done = there.call(
-                remote.run, [self._place.program, "agent", "csr", name, "--out", etc]
-            )
+            done = there.call(remote.run, [self._place.program, "agent", "csr", name, "--out", etc])
             request = there.call(remote.read, f"{etc}/{name}.csr")
             if done["code"] or request is None:
                 raise DeployFailed(f"no key could be made: {done['output'][-400:]}")

@@ -82,9 +82,7 @@ def install(release: str, uploads: str, sums: dict[str, str]) -> None:
         function = "main" if command == "migrate" else "agent_main"
         script = folder / "bin" / command
         script.write_text(
-            f"#!{folder}/bin/python\n"
-            f"from migrate.cli.main import {function}\n"
-            f"{function}()\n"
+            f"#!{folder}/bin/python\nfrom migrate.cli.main import {function}\n{function}()\n"
         )
         script.chmod(0o755)
     (folder / DONE).touch()

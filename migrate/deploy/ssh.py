@@ -12,7 +12,7 @@ import logging
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import paramiko
 
@@ -124,12 +124,7 @@ class Connection:
         try:
             with self._client.open_sftp() as sftp:
                 for name, path in files.items():
-                    start = before
-                    sftp.put(
-                        str(path),
-                        f"{folder}/{name}",
-                        callback=lambda done, _all, start=start: said(start + done),
-                    )
+                    sftp.put(str(path), f"{folder}/{name}", callback=_counting(before, said))
                     before += path.stat().st_size
         except (paramiko.SSHException, OSError) as error:
             raise SshFailed(f"the upload failed: {error}") from error
@@ -162,7 +157,8 @@ class Connection:
                 target.address,
                 target.port,
                 target.user,
-                key_filename=[key for key in target.keys if Path(key).exists()] or None,
+                # The stub knows of one file; paramiko takes a list.
+                key_filename=cast(str, [k for k in target.keys if Path(k).exists()] or None),
                 allow_agent=not target.only_these,
                 look_for_keys=not target.only_these,
                 sock=sock,
@@ -177,6 +173,10 @@ class Connection:
         except (paramiko.SSHException, OSError, EOFError) as error:
             raise SshFailed(f"can't log in to {target.name} ({where}): {error}") from error
         return client
+
+
+def _counting(before: int, said: Callable[[int], None]) -> Callable[[int, int], None]:
+    return lambda done, _all: said(before + done)
 
 
 def _hop(text: str, config: paramiko.SSHConfig) -> Target:

@@ -117,7 +117,9 @@ class Outcome:
         return found
 
 
-def migrate(cluster: Cluster, *arguments: str, inventory: Path | None = None) -> Outcome:
+def migrate(
+    cluster: Cluster, *arguments: str, inventory: Path | None = None, timeout: float = 120
+) -> Outcome:
     """Run the command line; stdout must be exactly one JSON document."""
     done = subprocess.run(
         [
@@ -126,7 +128,7 @@ def migrate(cluster: Cluster, *arguments: str, inventory: Path | None = None) ->
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         check=False,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip

@@ -66,6 +66,8 @@ class Scheduler:
             job["status"] = "gone" if error.reason == "NO_SUCH_PROCESS" else error.reason
             self.again(job)
             return
+        if report.owner == "unknown":
+            return  # its agent goes on asking: never start another one
         job["status"] = report.status
         if report.status != "completed":
             self.again(job)

@@ -18,7 +18,7 @@ from scenarios.lab.host import Host
 from tests.lab.gpu_job import chain
 
 PYTHON = "cd /opt/project && python3 -m"
-PATIENCE = 240.0  # seconds; the guests are emulated
+PATIENCE = 600.0  # seconds; the guests are emulated
 ROCR = "/root/rocr_job"
 WORD = 2**64
 

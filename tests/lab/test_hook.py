@@ -11,7 +11,7 @@ from scenarios.lab.host import Host, HostSpec
 from scenarios.lab.image import NEXT_CRIU
 from tests.lab.conftest import SharedHost
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
 
 Drill = Callable[..., list[str]]
 NEXT_HEADERS = f"/{NEXT_CRIU}/usr/include"
@@ -39,7 +39,7 @@ def drill(host: Host, request: pytest.FixtureRequest) -> Drill:
         criu, _ = CRIUS[request.param]
         hook = f"/root/hooks/{request.param}{broken}"
         line = f"python3 -m tests.lab.hook_drill {what} --hook {hook} --criu {criu}"
-        return host.ssh(f"cd /opt/project && timeout 250 {line}").splitlines()
+        return host.ssh(f"cd /opt/project && timeout 600 {line}").splitlines()
 
     return run
 

@@ -11,7 +11,7 @@ from scenarios.lab.host import Host, HostSpec
 from scenarios.lab.layout import LabError
 from tests.lab.conftest import StartHost
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
 
 GPU_IDS = "grep -hv '^0$' /sys/class/kfd/kfd/topology/nodes/*/gpu_id"
 

@@ -9,7 +9,7 @@ from scenarios.lab.host import Host, HostSpec
 from tests.lab.conftest import SharedHost
 from tests.lab.jobs import GpuJob, wait_for
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

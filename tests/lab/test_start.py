@@ -8,7 +8,7 @@ from scenarios.lab.host import HostSpec
 from scenarios.lab.layout import LabError
 from tests.lab.conftest import StartHost
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
 
 
 def test_a_host_starts_anew_from_a_clean_disk(start_host: StartHost) -> None:

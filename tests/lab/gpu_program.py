@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 
 from migrate.model import HostPaths
 from tests.conformance.kit import Process
+from tests.lab.gpu_job import pause
 
 
 def main(path: str) -> None:
@@ -23,7 +23,7 @@ def main(path: str) -> None:
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     while True:
         os.pwrite(file, buffer.word(0).to_bytes(8, "little"), 0)
-        time.sleep(0.005)
+        pause(0.005)
 
 
 if __name__ == "__main__":

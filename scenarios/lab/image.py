@@ -14,6 +14,7 @@ SUITE = "trixie"
 PACKAGES = (
     *("python3", "criu", "openssh-server", "openssh-client", "kmod", "iproute2", "procps"),
     *("iptables", "nftables", "strace", "psmisc", "ca-certificates"),
+    "libdrm-amdgpu1",  # judges the software GPU, serves the sdma side of memory access
     *("gcc", "libc6-dev", "libcriu-dev"),  # for the hook
     *("libhsa-runtime64-1", "libhsa-runtime-dev"),  # for the unmodified ROCr program
 )

@@ -4,6 +4,7 @@
 #include <linux/module.h>
 #include <linux/seq_file.h>
 
+#include <drm/amdgpu_drm.h>
 #include <drm/drm_ioctl.h>
 #include <drm/drm_prime.h>
 
@@ -50,11 +51,30 @@ const struct file_operations soft_drm_fops = {
 	.llseek = noop_llseek,
 };
 
+#define RENDER(name, function) DRM_IOCTL_DEF_DRV(AMDGPU_##name, function, DRM_RENDER_ALLOW)
+
+/* What libdrm_amdgpu calls to copy memory; amdgpu has more. */
+static const struct drm_ioctl_desc soft_ioctls[] = {
+	RENDER(GEM_CREATE, soft_gem_create_ioctl),
+	RENDER(GEM_MMAP, soft_gem_mmap_ioctl),
+	RENDER(CTX, soft_ctx_ioctl),
+	RENDER(BO_LIST, soft_bo_list_ioctl),
+	RENDER(CS, soft_cs_ioctl),
+	RENDER(INFO, soft_info_ioctl),
+	RENDER(GEM_METADATA, soft_gem_metadata_ioctl),
+	RENDER(GEM_WAIT_IDLE, soft_wait_idle_ioctl),
+	RENDER(GEM_VA, soft_gem_va_ioctl),
+	RENDER(WAIT_CS, soft_wait_cs_ioctl),
+	RENDER(GEM_OP, soft_gem_op_ioctl),
+};
+
 /* The name is amdgpu's, because user space asks for it. */
 static const struct drm_driver soft_drm_driver = {
 	.driver_features = DRIVER_GEM | DRIVER_RENDER,
 	.open = soft_vm_open,
 	.postclose = soft_vm_close,
+	.ioctls = soft_ioctls,
+	.num_ioctls = ARRAY_SIZE(soft_ioctls),
 	.fops = &soft_drm_fops,
 	.prime_handle_to_fd = drm_gem_prime_handle_to_fd,
 	.prime_fd_to_handle = drm_gem_prime_fd_to_handle,
@@ -212,6 +232,11 @@ static int soft_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	gpu->reset_domain.wq = alloc_ordered_workqueue("softgpu-reset", 0);
 	if (!gpu->reset_domain.wq)
 		return -ENOMEM;
+	gpu->sdma = alloc_ordered_workqueue("softgpu-sdma", WQ_MEM_RECLAIM);
+	if (!gpu->sdma) {
+		ret = -ENOMEM;
+		goto free_wq;
+	}
 	describe(gpu, pdev);
 	gpu->pci_vendor = pdev->vendor;
 	gpu->pci_device = pdev->device;
@@ -219,7 +244,7 @@ static int soft_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	pdev->device = 0x740f;
 	ret = soft_scheduler_start(gpu);
 	if (ret)
-		goto free_wq;
+		goto free_sdma;
 	ret = introduce(gpu) ? 0 : -EIO;
 	if (ret)
 		goto stop;
@@ -232,9 +257,11 @@ retire:
 	kgd2kfd_device_exit(gpu->adev.kfd.dev);
 stop:
 	soft_scheduler_stop(gpu);
+free_sdma:
+	destroy_workqueue(gpu->sdma);
+	restore_ids(gpu);
 free_wq:
 	destroy_workqueue(gpu->reset_domain.wq);
-	restore_ids(gpu);
 	return ret;
 }
 
@@ -246,6 +273,7 @@ static void soft_remove(struct pci_dev *pdev)
 	amdgpu_amdkfd_total_mem_size -= gpu->adev.gmc.real_vram_size;
 	kgd2kfd_device_exit(gpu->adev.kfd.dev);
 	soft_scheduler_stop(gpu);
+	destroy_workqueue(gpu->sdma);
 	destroy_workqueue(gpu->reset_domain.wq);
 	restore_ids(gpu);
 }

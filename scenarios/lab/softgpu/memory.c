@@ -72,6 +72,16 @@ u64 soft_vram_used(struct amdgpu_device *adev)
 	return READ_ONCE(adev->kfd.vram_used);
 }
 
+u64 soft_gtt_used(void)
+{
+	return READ_ONCE(gtt_used);
+}
+
+u64 soft_gtt_limit(void)
+{
+	return gtt_limit;
+}
+
 size_t amdgpu_amdkfd_get_available_memory(struct amdgpu_device *adev)
 {
 	size_t available;
@@ -114,6 +124,12 @@ static void soft_gem_free(struct drm_gem_object *obj)
 	drm_gem_object_release(obj);
 	mutex_destroy(&bo->lock);
 	kfree(bo);
+}
+
+/* A file's last handle is gone: so are the mappings it made by GEM_VA. */
+static void soft_gem_close(struct drm_gem_object *obj, struct drm_file *file)
+{
+	soft_vm_forget(drm_priv_to_soft_vm(file), gem_to_soft_bo(obj));
 }
 
 static unsigned long vma_page(struct vm_area_struct *vma, unsigned long address)
@@ -184,6 +200,7 @@ static int soft_gem_mmap(struct drm_gem_object *obj, struct vm_area_struct *vma)
 
 static const struct drm_gem_object_funcs soft_gem_funcs = {
 	.free = soft_gem_free,
+	.close = soft_gem_close,
 	.mmap = soft_gem_mmap,
 	.export = amdgpu_gem_prime_export,
 	.vm_ops = &soft_gem_vm_ops,

@@ -11,6 +11,8 @@
  *   vm.c         GPU address spaces: acquire, map, unmap, translate
  *   scheduler.c  the hardware scheduler's firmware: HIQ packets, run lists
  *   engine.c     what a mapped queue executes: AQL packets
+ *   gem.c        amdgpu's DRM ioctls for libdrm_amdgpu: memory and information
+ *   sdma.c       ... and command submission, to an engine that copies memory
  *   kgd.c        the rest of what amdkfd links to: constants and empty functions
  *
  * Not there: SVM and page migration, memory eviction, userptr invalidation by
@@ -22,6 +24,7 @@
 #ifndef SOFTGPU_H
 #define SOFTGPU_H
 
+#include <linux/idr.h>
 #include <linux/interval_tree.h>
 #include <linux/kthread.h>
 #include <linux/mutex.h>
@@ -41,6 +44,7 @@
 
 #define SOFT_FIRST_VMID 8
 #define SOFT_LAST_VMID 15
+#define SOFT_IB_ALIGNMENT 256 /* amdgpu_hw_ip_info() of SDMA: ib_start_alignment */
 
 /* One GPU. */
 struct softgpu {
@@ -52,6 +56,7 @@ struct softgpu {
 	struct amdgpu_reset_domain reset_domain;
 
 	struct task_struct *thread; /* plays scheduler and engines */
+	struct workqueue_struct *sdma; /* the one SDMA ring of user space, in order */
 	wait_queue_head_t wake;
 	bool compute_active; /* a process has queues: poll fast */
 	bool hang;	     /* sysfs softgpu_hang: the scheduler ignores the driver */
@@ -102,6 +107,8 @@ struct soft_vm {
 	struct list_head node; /* in softgpu.vms */
 	struct mutex lock;
 	struct rb_root_cached mappings; /* struct soft_mapping by GPU virtual address */
+	struct mutex submit_lock;	/* the two below, and the fences of the contexts */
+	struct idr contexts, lists;	/* struct soft_ctx, struct soft_list */
 };
 
 static inline struct soft_vm *drm_priv_to_soft_vm(void *drm_priv)
@@ -111,12 +118,18 @@ static inline struct soft_vm *drm_priv_to_soft_vm(void *drm_priv)
 	return container_of((struct amdgpu_fpriv *)file->driver_priv, struct soft_vm, fpriv);
 }
 
-/* A BO in an address space. An AQL ring has two, one behind the other. */
+/*
+ * A BO in an address space. Those of amdkfd belong to a kgd_mem, and an AQL ring has two,
+ * one behind the other; those of GEM_VA have none and end with the file's handle.
+ */
 struct soft_mapping {
 	struct list_head node; /* in kgd_mem.attachments */
 	struct interval_tree_node it;
 	struct soft_vm *vm;
-	struct kgd_mem *mem;
+	struct kgd_mem *mem; /* or NULL */
+	struct soft_bo *bo;
+	u64 offset; /* in the BO */
+	u32 flags;  /* AMDGPU_VM_PAGE_* */
 };
 
 /* A kernel that was interrupted: lives in the MQD while its queue is not mapped. */
@@ -147,6 +160,8 @@ struct soft_bo *soft_bo_create(struct amdgpu_device *adev, u64 size, u32 flags, 
 struct page *soft_bo_page(struct soft_bo *bo, unsigned long index);
 struct drm_gem_object *soft_gem_import(struct drm_device *dev, struct dma_buf *dmabuf);
 u64 soft_vram_used(struct amdgpu_device *adev);
+u64 soft_gtt_used(void);
+u64 soft_gtt_limit(void);
 void soft_mem_init_limits(void);
 
 /* vm.c */
@@ -154,6 +169,25 @@ int soft_vm_open(struct drm_device *dev, struct drm_file *file);
 void soft_vm_close(struct drm_device *dev, struct drm_file *file);
 void *soft_vm_get_page(struct soft_vm *vm, u64 va, struct page **page);
 int soft_vm_copy(struct soft_vm *vm, u64 va, void *buffer, size_t size, bool write);
+int soft_vm_map(struct soft_vm *vm, struct soft_bo *bo, u64 va, u64 offset, u64 size, u32 flags);
+int soft_vm_unmap(struct soft_vm *vm, struct soft_bo *bo, u64 va);
+int soft_vm_clear(struct soft_vm *vm, u64 va, u64 size);
+void soft_vm_forget(struct soft_vm *vm, struct soft_bo *bo);
+
+/* gem.c and sdma.c: ioctls of the render node */
+int soft_gem_create_ioctl(struct drm_device *dev, void *data, struct drm_file *file);
+int soft_gem_mmap_ioctl(struct drm_device *dev, void *data, struct drm_file *file);
+int soft_gem_op_ioctl(struct drm_device *dev, void *data, struct drm_file *file);
+int soft_gem_metadata_ioctl(struct drm_device *dev, void *data, struct drm_file *file);
+int soft_gem_va_ioctl(struct drm_device *dev, void *data, struct drm_file *file);
+int soft_info_ioctl(struct drm_device *dev, void *data, struct drm_file *file);
+int soft_ctx_ioctl(struct drm_device *dev, void *data, struct drm_file *file);
+int soft_bo_list_ioctl(struct drm_device *dev, void *data, struct drm_file *file);
+int soft_cs_ioctl(struct drm_device *dev, void *data, struct drm_file *file);
+int soft_wait_cs_ioctl(struct drm_device *dev, void *data, struct drm_file *file);
+int soft_wait_idle_ioctl(struct drm_device *dev, void *data, struct drm_file *file);
+void soft_submit_open(struct soft_vm *vm);
+void soft_submit_close(struct softgpu *gpu, struct soft_vm *vm);
 
 /* device.c */
 extern const struct file_operations soft_drm_fops;

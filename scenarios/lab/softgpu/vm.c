@@ -4,6 +4,7 @@
 #include <linux/pagemap.h>
 #include <linux/sched/mm.h>
 
+#include <drm/amdgpu_drm.h>
 #include <drm/drm_vma_manager.h>
 
 #include "softgpu.h"
@@ -20,6 +21,7 @@ int soft_vm_open(struct drm_device *dev, struct drm_file *file)
 	mutex_init(&vm->lock);
 	INIT_LIST_HEAD(&vm->node);
 	vm->mappings = RB_ROOT_CACHED;
+	soft_submit_open(vm);
 	/* kfd_flush_tlb() looks at these two. */
 	vm->fpriv.vm.last_tlb_flush = dma_fence_get_stub();
 	atomic64_set(&vm->fpriv.vm.tlb_seq, 0);
@@ -46,6 +48,7 @@ void soft_vm_close(struct drm_device *dev, struct drm_file *file)
 {
 	struct soft_vm *vm = drm_priv_to_soft_vm(file);
 
+	soft_submit_close(to_softgpu(drm_to_adev(dev)), vm);
 	soft_scheduler_forget(vm->gpu, vm);
 	WARN_ON(!RB_EMPTY_ROOT(&vm->mappings.rb_root));
 	if (vm->fpriv.vm.process_info)
@@ -335,31 +338,115 @@ int amdgpu_amdkfd_gpuvm_free_memory_of_gpu(struct amdgpu_device *adev, struct kg
 	return 0;
 }
 
-static int map_once(struct soft_vm *vm, struct kgd_mem *mem, u64 va)
+/* A new mapping in the tree, or an error. */
+static struct soft_mapping *add_mapping(struct soft_vm *vm, struct kgd_mem *mem,
+					struct soft_bo *bo, u64 va, u64 size, u64 offset,
+					u32 flags)
 {
-	u64 last = va + mem->bo->tbo.base.size - 1;
+	u64 last = va + size - 1;
 	struct soft_mapping *mapping;
 
 	if (!va || !PAGE_ALIGNED(va) || last < va || last >> PAGE_SHIFT >= GPUVM_PAGES)
-		return -EINVAL;
+		return ERR_PTR(-EINVAL);
 	mapping = kzalloc(sizeof(*mapping), GFP_KERNEL);
 	if (!mapping)
-		return -ENOMEM;
+		return ERR_PTR(-ENOMEM);
 	mapping->vm = vm;
 	mapping->mem = mem;
+	mapping->bo = bo;
+	mapping->offset = offset;
+	mapping->flags = flags;
 	mapping->it.start = va;
 	mapping->it.last = last;
 	mutex_lock(&vm->lock);
 	if (interval_tree_iter_first(&vm->mappings, va, last)) {
 		mutex_unlock(&vm->lock);
 		kfree(mapping);
-		return -EINVAL;
+		return ERR_PTR(-EINVAL);
 	}
 	interval_tree_insert(&mapping->it, &vm->mappings);
 	mutex_unlock(&vm->lock);
+	return mapping;
+}
+
+static int map_once(struct soft_vm *vm, struct kgd_mem *mem, u64 va)
+{
+	struct soft_mapping *mapping =
+		add_mapping(vm, mem, to_soft_bo(mem->bo), va, mem->bo->tbo.base.size, 0,
+			    AMDGPU_VM_PAGE_READABLE | AMDGPU_VM_PAGE_WRITEABLE);
+
+	if (IS_ERR(mapping))
+		return PTR_ERR(mapping);
 	list_add_tail(&mapping->node, &mem->attachments);
 	mem->mapped_to_gpu_memory++;
 	return 0;
+}
+
+/* GEM_VA: part of a BO that the file has a handle of, for as long as it has it. */
+int soft_vm_map(struct soft_vm *vm, struct soft_bo *bo, u64 va, u64 offset, u64 size, u32 flags)
+{
+	struct soft_mapping *mapping;
+
+	if (!bo->pages || offset > bo->bo.tbo.base.size || size > bo->bo.tbo.base.size - offset)
+		return -EINVAL;
+	mapping = add_mapping(vm, NULL, bo, va, size, offset, flags);
+	return PTR_ERR_OR_ZERO(mapping);
+}
+
+/* Remove GEM_VA's mappings in a range: of that BO, or of all if it is NULL. How many. */
+static int drop(struct soft_vm *vm, struct soft_bo *bo, u64 first, u64 last)
+{
+	struct interval_tree_node *it, *next;
+	int found = 0;
+
+	mutex_lock(&vm->lock);
+	for (it = interval_tree_iter_first(&vm->mappings, first, last); it; it = next) {
+		struct soft_mapping *mapping = container_of(it, struct soft_mapping, it);
+
+		next = interval_tree_iter_next(it, first, last);
+		if (mapping->mem || (bo && mapping->bo != bo))
+			continue;
+		interval_tree_remove(it, &vm->mappings);
+		kfree(mapping);
+		found++;
+	}
+	mutex_unlock(&vm->lock);
+	return found;
+}
+
+int soft_vm_unmap(struct soft_vm *vm, struct soft_bo *bo, u64 va)
+{
+	struct interval_tree_node *it;
+	bool starts;
+
+	mutex_lock(&vm->lock);
+	it = interval_tree_iter_first(&vm->mappings, va, va);
+	starts = it && it->start == va;
+	mutex_unlock(&vm->lock);
+	return starts && drop(vm, bo, va, va) ? 0 : -ENOENT;
+}
+
+/* Whole mappings only: none is cut in two here. */
+int soft_vm_clear(struct soft_vm *vm, u64 va, u64 size)
+{
+	u64 last = va + size - 1;
+	struct interval_tree_node *it;
+	int ret = 0;
+
+	mutex_lock(&vm->lock);
+	for (it = interval_tree_iter_first(&vm->mappings, va, last); it;
+	     it = interval_tree_iter_next(it, va, last))
+		if (it->start < va || it->last > last)
+			ret = -EINVAL;
+	mutex_unlock(&vm->lock);
+	if (!ret)
+		drop(vm, NULL, va, last);
+	return ret;
+}
+
+void soft_vm_forget(struct soft_vm *vm, struct soft_bo *bo)
+{
+	drop(vm, bo, 0, ULONG_MAX);
 }
 
 static int unmap_all(struct soft_vm *vm, struct kgd_mem *mem)
@@ -462,8 +549,8 @@ void *soft_vm_get_page(struct soft_vm *vm, u64 va, struct page **page)
 	it = interval_tree_iter_first(&vm->mappings, va, va);
 	if (it) {
 		mapping = container_of(it, struct soft_mapping, it);
-		bo = to_soft_bo(mapping->mem->bo);
-		offset = va - it->start;
+		bo = mapping->bo;
+		offset = va - it->start + mapping->offset;
 		if (bo->user_addr)
 			user_addr = bo->user_addr + offset;
 		else

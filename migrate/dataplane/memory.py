@@ -21,7 +21,8 @@ from migrate.dataplane import sigbus
 from migrate.dataplane.chunks import address_of
 
 
-def _bounds(size: int, offset: int, length: int) -> None:
+def check_bounds(size: int, offset: int, length: int) -> None:
+    """Raises OSError (EINVAL) unless the range lies in an object of *size* bytes."""
     if offset < 0 or offset + length > size:
         raise OSError(errno.EINVAL, f"bytes {offset:#x} + {length:#x} of an object of {size:#x}")
 
@@ -45,13 +46,13 @@ class ProcessMemoryAccess:
 
     def read(self, offset: int, into: memoryview) -> None:
         """See MemoryAccess. ESRCH, EFAULT, EPERM."""
-        _bounds(self.size, offset, len(into))
+        check_bounds(self.size, offset, len(into))
         if len(into):
             process_vm.read(self._pid, address_of(into), self._address + offset, len(into))
 
     def write(self, offset: int, data: memoryview) -> None:
         """See MemoryAccess. ESRCH, EFAULT, EPERM."""
-        _bounds(self.size, offset, len(data))
+        check_bounds(self.size, offset, len(data))
         if len(data):
             source = _readable(data)
             process_vm.write(self._pid, address_of(source), self._address + offset, len(data))
@@ -73,12 +74,12 @@ class BytesAccess:
 
     def read(self, offset: int, into: memoryview) -> None:
         """See MemoryAccess."""
-        _bounds(self.size, offset, len(into))
+        check_bounds(self.size, offset, len(into))
         into[:] = self._data[offset : offset + len(into)]
 
     def write(self, offset: int, data: memoryview) -> None:
         """See MemoryAccess."""
-        _bounds(self.size, offset, len(data))
+        check_bounds(self.size, offset, len(data))
         self._data[offset : offset + len(data)] = data
 
     def close(self) -> None:
@@ -119,7 +120,7 @@ class MmapAccess:
 
     def read(self, offset: int, into: memoryview) -> None:
         """See MemoryAccess. EFAULT if the object's pages are gone, then and for good."""
-        _bounds(self.size, offset, len(into))
+        check_bounds(self.size, offset, len(into))
         if self.by_file and self._has_holes(offset, len(into)):
             self._file_read(offset, into)
         elif len(into):
@@ -128,7 +129,7 @@ class MmapAccess:
 
     def write(self, offset: int, data: memoryview) -> None:
         """See MemoryAccess. EFAULT if the object's pages are gone, then and for good."""
-        _bounds(self.size, offset, len(data))
+        check_bounds(self.size, offset, len(data))
         if self.by_file:
             self._file_write(offset, data)
         elif len(data):

@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from migrate.dataplane.vram import VramMode
 from migrate.errors import UsageError
 from migrate.inventory import HOST_NAME, TlsFiles, split_address
 from migrate.model import HostPaths, Value
@@ -35,6 +36,7 @@ class AgentConfig(Value):
     data_listen: str = "0.0.0.0:0"
     data_advertise: str = ""
     engine: str = "reexec"
+    vram_access: VramMode = VramMode.AUTO
     root: str = ""
     paths: HostPaths | None = None
     allow_from: tuple[str, ...] = ()

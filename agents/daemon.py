@@ -71,6 +71,7 @@ class Agent:
             journal=self.journal,
             engine=_engine(config.engine, paths),
             peak_memory=self._peak,
+            vram_mode=config.vram_access,
         )
         data_host, data_port = split_address(config.data_listen)
         listener = TcpListener(data_host, data_port)

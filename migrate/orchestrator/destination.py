@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 from migrate import faults
 from migrate.dataplane.access import MemoryAccess
-from migrate.dataplane.memory import MmapAccess
 from migrate.dataplane.staging import Staging
+from migrate.dataplane.vram import Direction
 from migrate.engine.seam import HeldProcess, MovedBo, MovedGpu
 from migrate.errors import (
     Cancelled,
@@ -51,6 +51,7 @@ from migrate.orchestrator.handover import (
 )
 from migrate.orchestrator.host import Host
 from migrate.orchestrator.life import ALIVE, ENDED, IDLE, SUSPECT
+from migrate.orchestrator.objects import vram_of
 from migrate.orchestrator.peer import GrantReply, PreparedReply
 from migrate.orchestrator.plan import Activity, ObjectOrder, RestoreOrder
 from migrate.report import DestinationFigures
@@ -466,7 +467,7 @@ class DestinationMigration:
             raise VerificationFailed(f"objects {sorted(strangers)} came and are in no order")
         for item in order.objects:
             self._go_on()
-            with _target(item, held, restored) as target:
+            with self._target(item, held, order, restored, "write") as target:
                 staging.place(item.object_id, target)
         self._clock.lap("placement")
         faults.point("destination.placed")
@@ -474,10 +475,35 @@ class DestinationMigration:
             self._go_on()
             if item.object_id not in manifest:
                 raise VerificationFailed(f"object {item.object_id} has no digests")
-            with _target(item, held, restored) as target:
+            with self._target(item, held, order, restored, "read") as target:
                 self._verified += staging.verify(item.object_id, target, manifest[item.object_id])
         self._clock.lap("read_back")
         faults.point("destination.verified")
+
+    @contextmanager
+    def _target(
+        self,
+        item: ObjectOrder,
+        held: HeldProcess,
+        order: RestoreOrder,
+        restored: Sequence[Restored],
+        direction: Direction,
+    ) -> Iterator[MemoryAccess]:
+        access: MemoryAccess
+        if item.bo is not None:
+            fd = restored[item.bo.process].dmabufs[item.bo.index]
+            if fd is None:
+                raise VerificationFailed(f"object {item.object_id}: its buffer has no dmabuf here")
+            was = vram_of(order.checkpoints[item.bo.process], item.bo.index)
+            gpu_id = None if was is None else order.gpu_map[was]
+            access = self.host.vram.open(fd, item.size, gpu_id, direction)
+        else:
+            assert item.cpu is not None
+            access = held.memory(item.cpu)
+        try:
+            yield access
+        finally:
+            access.close()
 
     def _go_on(self) -> None:
         if self._cancel.is_set():
@@ -492,25 +518,6 @@ def _open_nodes(
         gpu: process.file.open_node(f"{dri}/renderD{minors[gpu]}")
         for gpu in order.gpu_map.as_dict().values()
     }
-
-
-@contextmanager
-def _target(
-    item: ObjectOrder, held: HeldProcess, restored: Sequence[Restored]
-) -> Iterator[MemoryAccess]:
-    access: MemoryAccess
-    if item.bo is not None:
-        fd = restored[item.bo.process].dmabufs[item.bo.index]
-        if fd is None:
-            raise VerificationFailed(f"object {item.object_id}: its buffer has no dmabuf here")
-        access = MmapAccess(fd, item.size, own=False)
-    else:
-        assert item.cpu is not None
-        access = held.memory(item.cpu)
-    try:
-        yield access
-    finally:
-        access.close()
 
 
 def _moved_gpus(

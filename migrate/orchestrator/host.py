@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from migrate.dataplane.vram import VramAccess, VramMode
 from migrate.engine.seam import ProcessEngine
 from migrate.engine.sockets import connected
 from migrate.journal import Journal
@@ -33,6 +34,7 @@ class Host:
     journal: Journal
     engine: ProcessEngine
     peak_memory: Callable[[], PeakMemory]
+    vram_mode: VramMode = VramMode.AUTO
     clock: Clock = field(default_factory=Clock)
 
     def topology(self) -> Topology:
@@ -46,6 +48,15 @@ class Host:
     def vram(self) -> tuple[VramUsage, ...]:
         """VRAM of every GPU that tells it."""
         return read_vram(self.paths, self.topology())
+
+    @cached_property
+    def vram(self) -> VramAccess:
+        """Access to BOs of this host's GPUs."""
+        return VramAccess(self.vram_mode, self._render_node)
+
+    def _render_node(self, gpu_id: int) -> str:
+        nodes = {gpu.gpu_id: gpu.drm_render_minor for gpu in self.topology().gpus}
+        return f"{self.paths.dri}/renderD{nodes[gpu_id]}"
 
     @cached_property
     def bo_record_size(self) -> int:

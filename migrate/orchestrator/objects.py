@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from migrate.dataplane.access import MemoryAccess
-from migrate.dataplane.memory import MmapAccess
 from migrate.dataplane.messages import ObjectInfo, ObjectKind
+from migrate.dataplane.vram import VramAccess
 from migrate.engine.seam import CpuRange
 from migrate.errors import SvmUnsupported
 from migrate.kfd.privdata import PrivateData, decode
@@ -88,10 +88,18 @@ class ObjectTable:
         return self._ids.setdefault(key, len(self._ids) + 1)
 
 
+def vram_of(checkpoint: KfdCheckpoint, index: int) -> int | None:
+    """The actual gpu_id of the GPU whose VRAM BO *index* is; None for memory of the host."""
+    bucket = checkpoint.bos[index]
+    actual = {device.user_gpu_id: device.actual_gpu_id for device in checkpoint.devices}
+    return actual[bucket.gpu_id] if bucket.is_vram else None
+
+
 @contextmanager
 def opened(
     orders: Sequence[ObjectOrder],
     checkpoints: Sequence[Checkpointed],
+    vram: VramAccess,
     cpu: Callable[[CpuRange], MemoryAccess] | None = None,
 ) -> Iterator[list[tuple[ObjectInfo, MemoryAccess]]]:
     """The objects with access to their memory, closed at the end."""
@@ -100,9 +108,11 @@ def opened(
         for order in orders:
             access: MemoryAccess
             if order.bo is not None:
-                fd = checkpoints[order.bo.process].dmabufs[order.bo.index]
+                checkpointed = checkpoints[order.bo.process]
+                fd = checkpointed.dmabufs[order.bo.index]
                 assert fd is not None
-                access = MmapAccess(fd, order.size, own=False)
+                gpu_id = vram_of(checkpointed.checkpoint, order.bo.index)
+                access = vram.open(fd, order.size, gpu_id, "read")
             else:
                 assert order.cpu is not None
                 assert cpu is not None

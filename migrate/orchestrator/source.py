@@ -459,7 +459,8 @@ class SourceMigration:
             )
 
         with opened(
-            orders, checkpoints, lambda r: self.host.engine.memory(self.process, r)
+            *(orders, checkpoints, self.host.vram),
+            lambda r: self.host.engine.memory(self.process, r),
         ) as objects:
             self._drop_gone({info.id for info, _ in objects})
             if not frozen:

@@ -142,7 +142,8 @@ class Card:
     @contextmanager
     def listed(self, buffer: Buffer) -> Iterator[int]:
         """A list of the BOs that copies to and from *buffer* touch; its number."""
-        entries = (libdrm.BoListEntry * 2)((buffer.kms, 0), (self.bounce.kms, 0))
+        entry = libdrm.BoListEntry
+        entries = (entry * 2)(entry(buffer.kms, 0), entry(self.bounce.kms, 0))
         number = c_uint32()
         self.library.call("amdgpu_bo_list_create_raw", self.device, 2, entries, byref(number))
         try:

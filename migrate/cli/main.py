@@ -43,6 +43,7 @@ COMMANDS: dict[str, Entry] = {
     "recover": Entry("migrate.cli.recover:recover_command", "Have an agent go on, now."),
     "resolve": Entry("migrate.cli.resolve:resolve_command", "Decide an owner nobody can name."),
     "map": Entry("migrate.cli.map:map_command", "Show which GPU would go where, and why."),
+    "doctor": Entry("migrate.cli.doctor:doctor_command", "Say what of this machine is in the way."),
     "demo": Entry("migrate.cli.demo:demo_command", "Move a process between two simulated hosts."),
     "drill": Entry("migrate.cli.drill:drill_command", "Hurt agents and see who owns the process."),
     "ca": Entry("migrate.cli.ca:ca_command", "Make certificates for agents and people."),

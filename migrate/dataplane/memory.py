@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 from migrate import process_vm
 from migrate.dataplane import sigbus
+from migrate.dataplane.access import Buffer
 from migrate.dataplane.chunks import address_of
 
 
@@ -62,9 +63,9 @@ class ProcessMemoryAccess:
 
 
 class BytesAccess:
-    """A blob in our own memory; writable if made of a bytearray."""
+    """A blob in our own memory; writable if *data* is."""
 
-    def __init__(self, data: bytes | bytearray) -> None:
+    def __init__(self, data: Buffer) -> None:
         self._data = memoryview(data)
         self.size = len(data)
 

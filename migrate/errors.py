@@ -683,17 +683,6 @@ class PeerNonsense(MigrationFailed):
     )
 
 
-class VramUnreachable(MigrationFailed):
-    """``vram_access = "sdma"`` was configured and a card's DMA engine can't be used."""
-
-    reason = "VRAM_UNREACHABLE"
-    exit_code = 87
-    advice = (
-        '`migrate doctor` on that host says what is missing; `vram_access = "auto"` in its'
-        " agent.toml maps VRAM instead."
-    )
-
-
 # ---------------------------------------------------------------- needs an operator
 
 

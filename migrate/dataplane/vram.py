@@ -18,7 +18,7 @@ from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import MmapAccess
 from migrate.dataplane.sdma.access import SdmaAccess
 from migrate.dataplane.sdma.card import Cards
-from migrate.errors import VramUnreachable
+from migrate.errors import MigrationFailed
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class VramAccess:
 
         *gpu_id* is the actual id of the GPU whose VRAM it is, None for GTT. *direction* is
         what it is opened for; both work. To measure writing, bytes are read and written back:
-        nothing else may write to a BO that is opened for that. Raises VramUnreachable if
+        nothing else may write to a BO that is opened for that. Raises MigrationFailed if
         ``sdma`` was asked for and does not work.
         """
         if gpu_id is None or self.mode is VramMode.MMAP:
@@ -79,12 +79,16 @@ class VramAccess:
         try:
             return SdmaAccess(self._cards.open(self._node_of(gpu_id)), fd, size)
         except OSError as error:
-            raise VramUnreachable(f"VRAM of GPU {gpu_id:#x} by SDMA: {error}") from error
+            raise MigrationFailed(
+                f"VRAM of GPU {gpu_id:#x} by SDMA: {error}",
+                advice="`migrate doctor` on that host says what is missing; `vram_access ="
+                ' "auto"` in its agent.toml maps VRAM instead.',
+            ) from error
 
     def _choose(self, fd: int, size: int, gpu_id: int, direction: Direction) -> VramMode:
         try:
             engine = self._by_engine(fd, size, gpu_id)
-        except VramUnreachable as error:
+        except MigrationFailed as error:
             _log.info("%s of GPU %#x goes by mmap: %s", direction, gpu_id, error)
             return VramMode.MMAP
         mapped = MmapAccess(fd, size, own=False)

@@ -496,7 +496,7 @@ class DestinationMigration:
                 raise VerificationFailed(f"object {item.object_id}: its buffer has no dmabuf here")
             was = vram_of(order.checkpoints[item.bo.process], item.bo.index)
             gpu_id = None if was is None else order.gpu_map[was]
-            access = self.host.vram.open(fd, item.size, gpu_id, direction)
+            access = self.host.vram_access.open(fd, item.size, gpu_id, direction)
         else:
             assert item.cpu is not None
             access = held.memory(item.cpu)

@@ -50,7 +50,7 @@ class Host:
         return read_vram(self.paths, self.topology())
 
     @cached_property
-    def vram(self) -> VramAccess:
+    def vram_access(self) -> VramAccess:
         """Access to BOs of this host's GPUs."""
         return VramAccess(self.vram_mode, self._render_node)
 

@@ -459,7 +459,7 @@ class SourceMigration:
             )
 
         with opened(
-            *(orders, checkpoints, self.host.vram),
+            *(orders, checkpoints, self.host.vram_access),
             lambda r: self.host.engine.memory(self.process, r),
         ) as objects:
             self._drop_gone({info.id for info, _ in objects})

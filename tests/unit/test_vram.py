@@ -11,8 +11,13 @@ import pytest
 
 from migrate.dataplane import vram
 from migrate.dataplane.memory import BytesAccess, MmapAccess
-from migrate.dataplane.vram import TOO_SMALL, VramAccess, VramMode, measure
-from migrate.errors import VramUnreachable
+from migrate.dataplane.vram import (
+    TOO_SMALL,
+    VramAccess,
+    VramMode,
+    measure,
+)
+from migrate.errors import MigrationFailed
 
 SIZE = 1 << 20
 
@@ -49,7 +54,7 @@ def test_without_a_card_auto_maps_and_says_why_once(
 
 def test_sdma_that_is_asked_for_is_an_error_without_a_card(fd: int, nowhere: str) -> None:
     access = VramAccess(VramMode.SDMA, lambda _: nowhere)
-    with pytest.raises(VramUnreachable, match="GPU 0x7 by SDMA"):
+    with pytest.raises(MigrationFailed, match="GPU 0x7 by SDMA"):
         access.open(fd, SIZE, 7, "read")
     access.close()
 

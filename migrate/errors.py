@@ -151,7 +151,7 @@ class HostUnfit(MigrateError):
     """`migrate doctor` found something that makes migrations with this host impossible."""
 
     reason = "HOST_UNFIT"
-    exit_code = 20
+    exit_code = 29
     advice = "The findings marked fail say what it limits and how to mend it."
 
 

@@ -147,14 +147,6 @@ class AgentBusy(MigrateError):
     advice = "`migrate ps HOST` shows what is under way; wait for it or abort it."
 
 
-class HostUnfit(MigrateError):
-    """`migrate doctor` found something that makes migrations with this host impossible."""
-
-    reason = "HOST_UNFIT"
-    exit_code = 29
-    advice = "The findings marked fail say what it limits and how to mend it."
-
-
 class UnknownMigration(MigrateError):
     """No migration of that id is in the journal."""
 

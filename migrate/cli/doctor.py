@@ -19,7 +19,7 @@ from migrate.model import HostPaths
 def doctor_command(settings: Settings, host: str | None, root: str | None) -> int:
     """Look at this machine; with HOST of the inventory, also at the way to its agent.
 
-    Needs no agent here and changes nothing. Ends with 0, or 29 (HOST_UNFIT) if something
+    Needs no agent here and changes nothing. Ends with 0, or 22 (HOST_UNFIT) if something
     here makes migrations impossible.
     """
     peer = settings.inventory.host(host).address if host else ""

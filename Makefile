@@ -10,7 +10,7 @@ LIMIT ?= 600
 EVIDENCE := docs/evidence
 
 .DELETE_ON_ERROR:
-.PHONY: help gone venv check test demo soak lab evidence clean
+.PHONY: help gone venv check test demo soak lab hardware evidence clean
 
 help:
 	@echo 'make demo      move a running process between two simulated GPU hosts'
@@ -18,6 +18,7 @@ help:
 	@echo 'make check     ruff, mypy, import layers, generated code'
 	@echo 'make soak      the long tests'
 	@echo 'make lab       the tests against the real driver in virtual GPU hosts'
+	@echo 'make hardware  what a machine with real cards can prove, as one file (root)'
 	@echo 'make evidence  the full figures, in $(EVIDENCE)'
 	@echo 'make clean     remove .venv and all that was built'
 
@@ -70,6 +71,9 @@ soak: $(STAMP)
 # In the order of the files: hosts are booted anew where a random order changes them.
 lab: $(STAMP)
 	$(BIN)/python -m pytest -q -m lab -p no:randomly --timeout=1800
+
+hardware: $(STAMP)
+	$(BIN)/python -m scenarios.hardware
 
 evidence: $(STAMP) $(WEIGHTS)
 	$(BIN)/python -m scenarios.evidence $(EVIDENCE)

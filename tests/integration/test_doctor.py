@@ -1,0 +1,78 @@
+"""``migrate doctor`` of a machine without a card and of a simulated host."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agents.doctor.examine import examine
+from agents.doctor.finding import Finding, Patient, Report, Status, perform, unseen
+from migrate.errors import HostUnfit, KfdUnavailable
+from migrate.kfd.sysfs import read_topology
+from migrate.model import HostPaths
+from tests.conformance.hosts import simulated_host
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def ask(*arguments: str) -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, "-m", "migrate", "doctor", "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    document: dict[str, Any] = json.loads(done.stdout)
+    return done.returncode, document
+
+
+def by_name(report: Report) -> dict[str, Finding]:
+    return {finding.name: finding for finding in report.findings}
+
+
+def test_a_machine_without_kfd_is_unfit_and_says_why(tmp_path: Path) -> None:
+    code, document = ask("--root", str(tmp_path))
+    assert code == HostUnfit.exit_code
+    status = {finding["name"]: finding["status"] for finding in document["findings"]}
+    assert status["kfd"] == "fail"
+    assert status["gpus"] == status["private_data"] == "unseen"
+    assert document["schema"] == "migrate.doctor/1"
+
+
+def test_whatever_is_not_well_says_what_it_limits(tmp_path: Path) -> None:
+    report = examine(Patient(paths=HostPaths.under(tmp_path)))
+    assert report.worst is Status.FAIL
+    for finding in report.findings:
+        assert finding.found
+        assert finding.limits or finding.status is Status.OK
+        assert finding.mend or finding.status is not Status.FAIL
+
+
+def test_a_simulated_host_is_seen_whole() -> None:
+    with simulated_host() as host:
+        report = examine(Patient(paths=host.paths, simulated=True))
+        topology = read_topology(host.paths.topology)
+    found = by_name(report)
+    assert report.worst is Status.WARN
+    assert found["kfd"].status is found["private_data"].status is Status.OK
+    assert found["private_data"].data == {"bo_record_size": 80}
+    for gpu in topology.gpus:
+        assert found[f"gpu {gpu.gpu_id:#x}"].data["fw_version"] == gpu.fw_version
+        rate = found[f"mmap {gpu.gpu_id:#x}"].data["read"]
+        assert isinstance(rate, float)
+        assert rate > 0
+        assert found[f"sdma {gpu.gpu_id:#x}"].status is Status.UNSEEN
+
+
+def test_a_peer_that_does_not_listen_is_a_failure(tmp_path: Path) -> None:
+    report = examine(Patient(paths=HostPaths.under(tmp_path), peer="127.0.0.1:1"))
+    assert by_name(report)["network"].status is Status.FAIL
+
+
+def test_a_check_that_can_not_look_is_unseen(tmp_path: Path) -> None:
+    def blind(_: Patient) -> list[Finding]:
+        raise KfdUnavailable("it is dark")
+
+    patient = Patient(paths=HostPaths.under(tmp_path))
+    assert perform("thing", blind, patient) == [unseen("thing", "it is dark")]

@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 
 UPKEEP = 2.0  # seconds between looks at what waits
 SILENCE = 10.0  # seconds without a word before the source is asked
+MAX_WAITING = 64  # reserved and not granted, all sources together
 RESERVATION_LIFE = 300.0  # seconds a reservation outlives a source that can't be reached
 
 UNGRANTED = frozenset(
@@ -87,6 +88,9 @@ class Destinations:
             known = self._host.journal.last(migration, "destination")
             if migration in self._live or known is not None:
                 raise AgentBusy(f"migration {migration} is known here already")
+            waiting = sum(m.machine.state in UNGRANTED for m in self._live.values())
+            if waiting >= MAX_WAITING:
+                raise AgentBusy(f"{waiting} migrations to {self._host.name} wait already")
             session_id, secret = secrets.token_bytes(16), secrets.token_bytes(32)
             session = self._receiver.open_session(session_id, secret, needs.quota)
             built = DestinationMigration(

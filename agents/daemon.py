@@ -28,6 +28,7 @@ from migrate import faults
 from migrate.dataplane.channel import TcpListener
 from migrate.dataplane.peak_memory import PeakMemory as PeakMemorySampler
 from migrate.dataplane.receiver import Receiver
+from migrate.engine.limits import raise_open_files
 from migrate.engine.reexec import ReexecEngine
 from migrate.engine.seam import ProcessEngine
 from migrate.errors import AgentBusy, JournalUnusable, UsageError
@@ -76,14 +77,17 @@ class Agent:
         data_host, data_port = split_address(config.data_listen)
         listener = TcpListener(data_host, data_port)
         self._receiver = Receiver(listener)
+        revocations = Revocations(config.tls)
         self.sources = Sources(self.host, self._dial)
         data = (
             split_address(config.data_advertise) if config.data_advertise else ("", listener.port)
         )
-        self.destinations = Destinations(self.host, self._receiver, data, self._dial)
-        guard = Guard(config.name, Revocations(config.tls), Audit(Path(paths.run)))
+        self.destinations = Destinations(
+            self.host, self._receiver, data, self._dial, revocations.is_revoked
+        )
+        guard = Guard(config.name, revocations, Audit(Path(paths.run)))
         self._server = grpc.server(
-            ThreadPoolExecutor(WORKERS), interceptors=[guard], options=tls.OPTIONS
+            ThreadPoolExecutor(WORKERS), interceptors=[guard], options=tls.SERVER_OPTIONS
         )
         self._health = Health(self._server)
         self.port = self._serve()
@@ -231,6 +235,7 @@ def _only_agent(paths: HostPaths) -> int:
 def serve(config: AgentConfig, ready_fd: int | None = None) -> None:
     """Run an agent until SIGTERM or SIGINT. *ready_fd* gets its address when it answers."""
     faulthandler.register(signal.SIGUSR1)  # stacks of all threads to stderr, for a stuck agent
+    raise_open_files()
     faults.arm(os.environ.get(faults.VARIABLE, ""))
     if config.log_format == "json":
         use_json_lines(config.name)

@@ -55,11 +55,13 @@ class Destinations:
         receiver: Receiver,
         data: tuple[str, int],
         dial: Callable[[str, str], Peer],
+        is_revoked: Callable[[int], bool] = lambda _serial: False,
     ) -> None:
         self._host = host
         self._receiver = receiver
         self._data = data  # host (empty: the one of the control channel) and port
         self._dial = dial
+        self._is_revoked = is_revoked
         self._lock = host.clock.lock()
         self._live: dict[str, DestinationMigration] = {}
         self._stop = host.clock.event()
@@ -193,12 +195,27 @@ class Destinations:
                 live = list(self._live.values())
             for migration in live:
                 try:
+                    self._end_if_revoked(migration)
                     if migration.machine.state in UNGRANTED:
                         self._ask_source(migration)
                     elif migration.unfinished:
                         migration.go_on()
                 except MigrateError as error:
                     _log.error("looking after %s: %s", migration.id, error)
+
+    def _end_if_revoked(self, migration: DestinationMigration) -> None:
+        """What a revoked source has begun is given up.
+
+        Not a copy that is prepared: the source may have granted it, and it may be the only one.
+        """
+        if migration.machine.state not in (DestinationState.RESERVED, DestinationState.RESTORING):
+            return
+        serial = migration.source.serial
+        if serial and self._is_revoked(int(serial, 16)):
+            _log.warning(
+                "%s: the certificate of %s was revoked", migration.id, migration.source.name
+            )
+            migration.cancel()
 
     def _ask_source(self, migration: DestinationMigration, at_least: float = SILENCE) -> None:
         """A source that undid, or a reservation whose source is gone, ends the attempt.

@@ -27,7 +27,7 @@ from migrate.orchestrator.peer import GrantReply
 from migrate.orchestrator.plan import PROTOCOL, Needs, Options
 from migrate.report import DestinationFigures
 from migrate.rpc.pb import peer_pb2, peer_pb2_grpc
-from migrate.rpc.tls import peer_identity
+from migrate.rpc.tls import peer_certificate, peer_identity
 from migrate.topology.model import Topology
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -72,7 +72,10 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
             request.migration, request.source, request.source_address, request.source_store_id
         )
         source = SourceRecord(
-            name=caller.name, address=request.source_address, store_id=request.source_store_id
+            name=caller.name,
+            address=request.source_address,
+            store_id=request.source_store_id,
+            serial=f"{peer_certificate(context).serial_number:x}",
         )
         gpu_map, (data_host, data_port), session_id, secret = self._destinations.reserve(
             request.migration,

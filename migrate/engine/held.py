@@ -17,7 +17,7 @@ import msgspec
 
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import ProcessMemoryAccess
-from migrate.engine import control, procfs
+from migrate.engine import control, limits, procfs
 from migrate.engine.document import Document, Finish
 from migrate.engine.marker import Marker
 from migrate.engine.remote import Connection, RemoteFile
@@ -161,6 +161,7 @@ def _spawn(document: Document, paths: HostPaths, log: Path, executor: int) -> Pr
             )
     except OSError as error:
         raise RestoreFailed(f"{command[0]}: {error}") from error
+    limits.give_back(started.pid)
     # Its parent is this agent as long as that lives: somebody has to take its exit code.
     threading.Thread(target=started.wait, name=f"reap-{started.pid}", daemon=True).start()
     try:

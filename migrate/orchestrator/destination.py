@@ -122,11 +122,12 @@ class KeptRecord(Value):
 
 
 class SourceRecord(Value):
-    """The journal's ``peer`` record: who sends, and how to ask it."""
+    """The journal's ``peer`` record: who sends, by which certificate, and how to ask it."""
 
     name: str
     address: str
     store_id: str
+    serial: str = ""  # of the certificate that reserved, hexadecimal
 
 
 class DestinationMigration:

@@ -8,6 +8,7 @@ become statuses here and nowhere else.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -16,6 +17,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from migrate.errors import (
+    AgentBusy,
     CertificateRejected,
     MigrateError,
     PermissionRefused,
@@ -29,6 +31,9 @@ from migrate.rpc.tls import identity_of, peer_certificate
 
 logger = logging.getLogger(__name__)
 
+# Each holds a worker as long as it lasts: those who watch must not keep a Grant waiting.
+MAX_STREAMING = 32
+
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Behaviour = Callable[[Any, grpc.ServicerContext], Any]
 
@@ -40,6 +45,7 @@ class Guard(grpc.ServerInterceptor):
         self._host = host
         self._revocations = revocations
         self._audit = audit
+        self._streams = threading.BoundedSemaphore(MAX_STREAMING)
 
     def intercept_service(
         self,
@@ -51,6 +57,16 @@ class Guard(grpc.ServerInterceptor):
         if handler is None:
             return None
         return _Guarded(self, str(handler_call_details.method), handler).handler()
+
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        """A place among the calls that stream. Raises AgentBusy."""
+        if not self._streams.acquire(blocking=False):
+            raise AgentBusy(f"{MAX_STREAMING} calls are being followed already")
+        try:
+            yield
+        finally:
+            self._streams.release()
 
     @contextmanager
     def call(self, method: str, context: grpc.ServicerContext) -> Iterator[_Call]:
@@ -171,7 +187,7 @@ class _Guarded:
         return answer
 
     def _many(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        with self._guard.call(self._method, context) as call:
+        with self._guard.call(self._method, context) as call, self._guard.room():
             for answer in self._behaviour(self._read(request, call), context):
                 call.check_revoked()
                 yield answer

@@ -37,6 +37,12 @@ OPTIONS: Options = (
     ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.max_send_message_length", MAX_MESSAGE),
 )
+SERVER_OPTIONS: Options = (
+    *OPTIONS,
+    # Who connects and does not finish the handshake is gone after that; gRPC's own is 120 s.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_concurrent_streams", 128),
+)
 CHANNEL_OPTIONS: Options = (
     *OPTIONS,
     # Agents are dialled directly; a proxy of the user's environment knows nothing of them.

@@ -15,6 +15,7 @@ import pytest
 from google.protobuf.message_factory import GetMessageClass
 
 from migrate.errors import (
+    AgentBusy,
     CertificateRejected,
     MigrateError,
     PermissionRefused,
@@ -25,7 +26,7 @@ from migrate.inventory import TlsFiles
 from migrate.rpc.audit import KEEP, NAME, Audit, Entry
 from migrate.rpc.ca import Role, create_ca, issue, revoke
 from migrate.rpc.errors import translated
-from migrate.rpc.guard import Guard
+from migrate.rpc.guard import MAX_STREAMING, Guard
 from migrate.rpc.revocation import Revocations
 from migrate.rpc.rules import OTHERS, PAGE, RULES, methods, page, rule_of
 from migrate.rpc.tls import connect, server_credentials
@@ -87,7 +88,7 @@ class Field:
         self.files = {role: issue(self.ca, f"a-{role}", role, folder / "tls") for role in Role}
         server_files = self.files[Role.AGENT]
         self.handlers = Everything()
-        guard = Guard("here", Revocations(server_files), Audit(folder))
+        guard = self.guard = Guard("here", Revocations(server_files), Audit(folder))
         server = grpc.server(futures.ThreadPoolExecutor(4), interceptors=[guard])
         server.add_generic_rpc_handlers([self.handlers])
         port = server.add_secure_port("127.0.0.1:0", server_credentials(server_files))
@@ -191,6 +192,18 @@ def test_a_revoked_certificate_is_refused_at_once_on_an_open_connection(field: F
         "outcome": "refused",
         "reason": "CERTIFICATE_REJECTED",
     }
+
+
+def test_those_who_watch_leave_workers_to_the_others(field: Field) -> None:
+    channel = field.channels[Role.VIEWER]
+    guard = field.guard
+    with ExitStack() as stack:
+        for _ in range(MAX_STREAMING):
+            stack.enter_context(guard.room())
+        with pytest.raises(AgentBusy, match="followed already"):
+            field.ask(channel, "/migrate.v1.Agent/Watch")
+        field.ask(channel, "/migrate.v1.Agent/Info")
+    assert len(field.ask(channel, "/migrate.v1.Agent/Watch")) == 3
 
 
 # ---------------------------------------------------------------- the audit log

@@ -281,6 +281,17 @@ class SvmUnsupported(MigrateError):
     advice = "Start the process with SVM off (HSA_XNACK=0, no hipMallocManaged)."
 
 
+class SharedBuffer(MigrateError):
+    """A buffer has two owners, and a restore would give each of them its own."""
+
+    reason = "SHARED_BUFFER"
+    exit_code = 46
+    advice = (
+        "Moving shared buffers is not there yet. Let the processes that share end, or run the"
+        " program without IPC handles and imported dmabufs."
+    )
+
+
 class ConnectedSockets(MigrateError):
     """A process that may be taken back has connections: others would hear it twice."""
 

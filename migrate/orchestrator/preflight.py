@@ -17,6 +17,7 @@ from migrate.model import GpuMap
 from migrate.orchestrator.host import Host, available_memory
 from migrate.orchestrator.objects import private_data, refuse_svm
 from migrate.orchestrator.plan import KfdNeeds, Needs, Options
+from migrate.orchestrator.sharing import refuse_shared
 from migrate.topology.gpumap import parse_gpu_map
 from migrate.topology.match import PREFERENCES, error_of, match
 from migrate.topology.model import Topology
@@ -28,8 +29,9 @@ QUOTA_SLACK = 256 * 1024 * 1024
 def needs(survey: Survey, checkpoints: Sequence[KfdCheckpoint], options: Options) -> Needs:
     """What the process needs over there, from a snapshot of its KFD state.
 
-    Raises SvmUnsupported.
+    Raises SvmUnsupported, SharedBuffer.
     """
+    refuse_shared(checkpoints)
     contents = sum(b.size for c in checkpoints for b in c.bos if b.has_contents)
     staging = contents + survey.cpu_bytes
     del options  # without pre-copy the last round still waits in staging

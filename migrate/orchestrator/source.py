@@ -50,6 +50,7 @@ from migrate.orchestrator.objects import ObjectTable, opened
 from migrate.orchestrator.peer import Peer, Reservation
 from migrate.orchestrator.plan import Activity, ObjectOrder, Options, RestoreOrder
 from migrate.orchestrator.rings import pending_packets
+from migrate.orchestrator.sharing import refuse_shared, refuse_strangers
 from migrate.orchestrator.source_handover import (
     SourceSide,
     given_back,
@@ -297,9 +298,9 @@ class SourceMigration:
                 for checkpointed in stopped.checkpoints
                 for device in checkpointed.checkpoint.devices
             }
-            needs = preflight.needs(
-                self.survey, [c.checkpoint for c in stopped.checkpoints], self.options
-            )
+            found = [c.checkpoint for c in stopped.checkpoints]
+            needs = preflight.needs(self.survey, found, self.options)
+            refuse_strangers(self.host.paths, topology, self.process.pid, found)
         reservation = self.peer.reserve(
             self.id, self.host.engine.name, needs, topology, self.options
         )
@@ -417,6 +418,7 @@ class SourceMigration:
             note_unpaused(self.host.journal, self.id)
 
     def _bo_orders(self, checkpoints: Sequence[KfdCheckpoint]) -> tuple[ObjectOrder, ...]:
+        refuse_shared(checkpoints)  # a buffer may be imported at any time
         return tuple(
             order
             for number, checkpoint in enumerate(checkpoints)

@@ -30,7 +30,7 @@ from migrate.model import HostPaths
 from tests.conformance import kit
 
 KERNEL = os.environ.get("MIGRATE_CONFORMANCE") == "kernel"
-PARTS = ("dump", "product", "restore", "surprises", "work")
+PARTS = ("dump", "product", "restore", "sharing", "surprises", "work")
 DEADLINE = 60.0  # seconds; a condition that is not met by then never will be
 PR_SET_PTRACER = 0x59616D61
 PR_SET_PTRACER_ANY = ctypes.c_ulong(-1).value

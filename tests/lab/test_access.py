@@ -41,8 +41,7 @@ def test_the_suite_passes_on_mmap_and_on_sdma(
 
 
 def test_offsets_past_2_gib(start_host: StartHost) -> None:
-    host = start_host(HostSpec(name="b", gpus=1, memory_mb=768))
-    host.ssh("modprobe -r softgpu && modprobe softgpu vram_mb=4096")  # pages come at first touch
+    host = start_host(HostSpec(name="b", gpus=1, memory_mb=768, vram_mb=4096))
     said = access(host, "-k", "past_2_gib")
     assert "1 passed" in said
 

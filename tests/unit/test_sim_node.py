@@ -162,14 +162,19 @@ def _import(link: Link) -> list[int]:
     args = uapi.kfd_ioctl_import_dmabuf_args(
         va_addr=address, gpu_id=peer, dmabuf_fd=export.dmabuf_fd
     )
+    with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):  # not of this GPU
+        p.kfd.ioctl(uapi.AMDKFD_IOC_IMPORT_DMABUF, args)
+    args.gpu_id = gpu
     p.kfd.ioctl(uapi.AMDKFD_IOC_IMPORT_DMABUF, args)
     imported = type(source)(args.handle, address, PAGE, 0, 0)
-    p.map(imported, [peer])
-    queue = p.create_queue(peer, 0)
+    p.map(imported, [gpu])
+    queue = p.create_queue(gpu, 0)
     queue.submit(Opcode.COUNTER, CounterKernargs(address, address + 8, 0))
     moved = wait_until(lambda: source.word(0) > 0)
     source.word(1, 1)
     os.close(export.dmabuf_fd)
+    again = p.render[gpu].mmap(source.mmap_offset, PAGE)
+    again.close()
     return [int(info.size), int(info.gpu_id) - gpu, int(moved)]
 
 

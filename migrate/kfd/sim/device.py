@@ -205,10 +205,21 @@ class Host:
                 self._use_vram(gpu, -backing.size)
                 backing.close()
 
+    def _hand_over(self, gpu: Gpu, gone: Bo) -> bool:
+        """A buffer that was imported stays mappable by whoever has it. Whether anybody has."""
+        for process in self.processes.values():
+            for device in process.devices:
+                for other in device.handles.values() if device.gpu is gpu else ():
+                    if other is not gone and other.mmap_offset == gone.mmap_offset:
+                        gpu.mmap_offsets[gone.mmap_offset] = other
+                        return True
+        return False
+
     def drop_bo(self, bo: Bo) -> None:
         """Free a BO; its memory stays accounted while somebody holds it."""
         gpu = bo.owner.gpu
-        gpu.mmap_offsets.pop(bo.mmap_offset, None)
+        if not self._hand_over(gpu, bo):
+            gpu.mmap_offsets.pop(bo.mmap_offset, None)
         for device in bo.mapped:
             device.memory.remove(bo)
         bo.mapped.clear()

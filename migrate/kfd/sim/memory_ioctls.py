@@ -174,14 +174,23 @@ def get_dmabuf_info(host: Host, process: SimProcess, args: Any) -> None:
 
 
 def import_dmabuf(host: Host, process: SimProcess, args: Any) -> None:
-    """IMPORT_DMABUF."""
+    """IMPORT_DMABUF: another handle of the same buffer, at the same offset of its node.
+
+    EINVAL on another GPU (amdgpu_amdkfd_gpuvm_import_dmabuf of Linux 6.1).
+    """
     source = _dmabuf(host, args.dmabuf_fd)
     device = process.device(args.gpu_id).bound()
+    if device.gpu is not source.owner.gpu:
+        raise error(errno.EINVAL)
     flags = (source.flags & (MEM | GTT)) | (
         uapi.KFD_IOC_ALLOC_MEM_FLAGS_WRITABLE | uapi.KFD_IOC_ALLOC_MEM_FLAGS_EXECUTABLE
     )
-    bo = Bo(device, args.va_addr, source.size, flags, 0, source.backing, imported=True)
-    register_bo(device.gpu, bo)
+    bo = Bo(
+        *(device, args.va_addr, source.size, flags, source.mmap_offset, source.backing),
+        imported=True,
+    )
+    assert bo.backing is not None
+    bo.backing.users += 1
     number = device.free_handle()
     device.handles[number] = bo
     args.handle = uapi.MAKE_HANDLE(args.gpu_id, number)

@@ -8,15 +8,17 @@ WEIGHTS := .venv/.weights
 # A hanging test is ended by pytest-timeout; this ends a pytest that hangs itself.
 LIMIT ?= 600
 EVIDENCE := docs/evidence
+DRILLS ?= build
 
 .DELETE_ON_ERROR:
-.PHONY: help gone venv check test demo soak lab hardware evidence clean
+.PHONY: help gone venv check test demo soak drills lab hardware evidence clean
 
 help:
 	@echo 'make demo      move a running process between two simulated GPU hosts'
 	@echo 'make test      the tests, except those of soak and lab'
 	@echo 'make check     ruff, mypy, import layers, generated code'
 	@echo 'make soak      the long tests'
+	@echo 'make drills    every drill, with a page of pictures in $(DRILLS)'
 	@echo 'make lab       the tests against the real driver in virtual GPU hosts'
 	@echo 'make hardware  what a machine with real cards can prove, as one file (root)'
 	@echo 'make evidence  the full figures, in $(EVIDENCE)'
@@ -66,7 +68,12 @@ demo: $(STAMP)
 	$(BIN)/python -m migrate demo
 
 soak: $(STAMP)
-	$(BIN)/python -m pytest -q -m soak --timeout=3600
+	$(BIN)/python -m pytest -q -m soak --timeout=3600 -n 2 --dist loadfile
+
+# One more stage than cores: a drill waits for much of its time.
+drills: $(STAMP)
+	@mkdir -p $(DRILLS)
+	$(BIN)/python -m migrate drill run --all --stages 3 --html $(DRILLS)/drills.html
 
 # In the order of the files: hosts are booted anew where a random order changes them.
 lab: $(STAMP)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -123,6 +125,15 @@ def cpu_time(pid: int) -> int:
     """utime + stime in clock ticks (proc(5), fields 14 and 15)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
+
+
+def words_at(pid: int, addresses: Iterable[int]) -> dict[int, int]:
+    """The 64-bit words of a process at *addresses*."""
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        return {
+            address: int.from_bytes(os.pread(memory.fileno(), 8, address), "little")
+            for address in addresses
+        }
 
 
 def shared_memory(pid: int) -> bytes:

@@ -6,6 +6,7 @@ test looks; then it is killed and started again, as a service manager would.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,8 @@ from functools import cached_property
 import pytest
 import xxhash
 
+from migrate.engine import procfs
+from migrate.engine.reexec import ReexecEngine
 from migrate.faults import VARIABLE
 from scenarios.cluster import AgentSetup, Cluster, SimulatedHost, wait_until
 from tests.integration.jobs import Job, start_job, twin_digest
@@ -26,15 +29,18 @@ from tests.integration.lookers import (
     is_stopped,
     is_there,
     kill_agent,
+    records,
     shared_memory,
     started,
     states,
     wait_state,
+    words_at,
 )
 
 # Agents killed with real processes, most of it waiting: too long for every run.
 pytestmark = pytest.mark.soak
 
+LOOKS = 20  # at what nobody leads
 PACE = 0.05  # seconds between steps: the twin has to make as many
 
 
@@ -162,27 +168,62 @@ def test_destination_agent_killed_in_pre_copy(drill: Drill) -> None:
     stays(drill, migration)
 
 
-def test_source_agent_killed_after_the_grant(drill: Drill) -> None:
-    """The source stays as it is, CPUs and GPUs, until its agent is back; then it completes."""
-    job = drill.start("granted")
+def granted(drill: Drill, name: str) -> tuple[Job, str, dict[int, int]]:
+    """A job whose source agent stands at GRANTED, and its queues' read pointers in the freeze."""
+    job = drill.start(name)
     drill.arm("a", "source.granted.after-write")
-    migration = started(drill.cluster, "a", "b", str(job.pid), "--max-rounds", "1")
+    # With a kept source the destination journals what ours did before: pointers among it.
+    options = ("--max-rounds", "1", "--hold-source")
+    migration = started(drill.cluster, "a", "b", str(job.pid), *options)
     drill.stopped("a")
     assert states(drill.a, migration, "source")[-1] == "GRANTED"
+    (kept,) = records(drill.b, migration, "kept")
+    return job, migration, dict(kept["ran"]["pointers"])
+
+
+def stands_still(job: Job, pointers: dict[int, int]) -> bool:
+    """Whether CPU time, queues' read pointers, GPU memory and steps are unchanged for a while."""
+
+    def look() -> tuple[int, dict[int, int], bytes, int]:
+        memory = xxhash.xxh3_128_digest(shared_memory(job.pid))
+        return cpu_time(job.pid), words_at(job.pid, pointers), memory, job.steps()
+
+    before = look()
+    for _ in range(LOOKS):
+        time.sleep(0.1)
+        if look() != before or is_runnable(job.pid):
+            return False
+    return words_at(job.pid, pointers) == pointers
+
+
+def test_source_agent_killed_after_the_grant(drill: Drill) -> None:
+    """The source stays as it is, CPUs and GPUs, until its agent is back; then it completes."""
+    job, migration, pointers = granted(drill, "granted")
+    assert len(pointers) >= 2
     with Watcher(job.pid, drill.b, migration) as watcher:
         kill_agent(drill.a)
-        before = (cpu_time(job.pid), xxhash.xxh3_128_digest(shared_memory(job.pid)), job.steps())
-        looks = watcher.looks
-        wait_until(lambda: watcher.looks > looks + 50, PATIENCE, "looks at what nobody leads")
-        assert not is_runnable(job.pid)
+        assert stands_still(job, pointers)
         assert not is_runnable(copy_pid(drill.b, migration))
-        after = (cpu_time(job.pid), xxhash.xxh3_128_digest(shared_memory(job.pid)), job.steps())
-        assert after == before
         drill.cluster.start_agent("a", AgentSetup())
         assert ended(drill.a, migration)["status"] == "completed"
         assert not is_there(job.pid)
     watcher.check()
     assert len(drill.finish(job)) == 2
+
+
+def test_without_the_freeze_the_test_above_would_fail(drill: Drill) -> None:
+    """As if nobody had frozen it: its tasks run, and that is seen."""
+    job, migration, pointers = granted(drill, "unfrozen")
+    kill_agent(drill.a)
+    process = procfs.reference(job.pid)
+    ReexecEngine(drill.a.paths).thaw(process)
+    assert not stands_still(job, pointers)
+    ReexecEngine(drill.a.paths).kill(process)
+    drill.cluster.start_agent("a", AgentSetup())
+    assert ended(drill.a, migration)["status"] == "completed"
+    copy = copy_pid(drill.b, migration)
+    assert copy is not None
+    ReexecEngine(drill.b.paths).kill(procfs.reference(copy))
 
 
 def test_destination_agent_killed_with_the_grant_in_its_hand(drill: Drill) -> None:

@@ -4,7 +4,7 @@
     python -m scenarios.simulate --schedules 5000              a fresh seed, which it prints
     python -m scenarios.simulate --replay SEED                 one schedule, step by step
     python -m scenarios.simulate --mutate NAME                 a bug is planted: is it found?
-    python -m scenarios.simulate --mutate all                  every bug, and the table
+    python -m scenarios.simulate --mutate all --seed 1         every bug: the table of the docs
     python -m scenarios.simulate --exhaustive [--broken 1] [--hold]
                                                                every interleaving of the tables
 
@@ -117,12 +117,13 @@ def _mutations(options: argparse.Namespace) -> int:
     limit = options.schedules or MUTATION_LIMIT
     seed = options.seed if options.seed is not None else 1
     missed = 0
-    print(f"{'mutation':<34}{'schedules':>10}  found by")
+    print("| bug | what it is | schedules | found by |\n|---|---|---:|---|")
     for name in names:
         totals = run_all(limit, seed, mutation=name, workers=options.workers, stop_at_first=True)
         found = totals.bad[0].why if totals.bad else "NOT FOUND"
         missed += not totals.bad
-        print(f"{name:<34}{totals.schedules:>10}  {found}", flush=True)
+        what = (MUTATIONS[name].__doc__ or "").strip().rstrip(".")
+        print(f"| `{name}` | {what} | {totals.schedules:,} | {found} |", flush=True)
         if totals.bad and len(names) == 1:
             print("\n".join(totals.bad[0].story))
     return 1 if missed else 0

@@ -51,6 +51,7 @@ KINDS: dict[str, int] = {  # weights
     "copy dies": 2,
     "agent down, then its copy dies": 2,
     "abort": 5,
+    "host fenced and resolved": 2,
 }
 
 
@@ -168,6 +169,7 @@ class Faults:
             "copy dies": die,
             "agent down, then its copy dies": fade,
             "abort": world.abort,
+            "host fenced and resolved": lambda: world.fence_and_resolve(name),
             "step fails": fail,
         }
 

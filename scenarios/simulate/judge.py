@@ -161,7 +161,7 @@ class Judge:
     def _excused(self) -> bool:
         """A host, a journal or a copy was really lost: an operator may be needed."""
         world = self.world
-        lost = ("journal lost", "host off for good")
+        lost = ("journal lost", "host off for good", "host fenced and resolved")
         return (
             any(world.faults.happened[kind] for kind in lost)
             or any(c.death in ("host", "itself") for c in world.destination_copies())

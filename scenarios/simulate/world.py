@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from agents.resolving import resolve
 from migrate import faults as fault_points
-from migrate.errors import MigrateError
+from migrate.errors import MigrateError, UnknownMigration, UsageError
 from migrate.model import Value
 from migrate.orchestrator.plan import Options
 from migrate.status import DestinationState, SourceState
@@ -119,6 +120,24 @@ class World:
         for migration in agent.sources._live.values():
             self.scheduler.start("operator", agent, migration.abort)
 
+    def fence_and_resolve(self, owner: str) -> None:
+        """An impatient operator switches a host off for good and has the other one decide.
+
+        That one may refuse, because nothing has to be decided: then nothing must have changed.
+        """
+        node, fenced = self.nodes[owner], "b" if owner == "a" else "a"
+        if node.agent is None or not node.agent.serves or self.resolved:
+            return
+        self.switch_off(self.nodes[fenced])
+        side = "source" if owner == "a" else "destination"
+
+        def refused() -> None:
+            self.tell("the operator is refused")
+            self.resolved = ""
+
+        self.resolved = side
+        self._resolve(node.agent, owner, fenced, refused)
+
     # ------------------------------------------------------------ the run
 
     def run(self) -> Outcome:
@@ -204,12 +223,22 @@ class World:
         self.tell(f"the operator decides: {self.resolved}")
         return self._until_end()
 
-    def _resolve(self, agent: Agent, owner: str, fenced: str) -> None:
-        (migration,) = agent.journal.migrations()
-
+    def _resolve(
+        self,
+        agent: Agent,
+        owner: str,
+        fenced: str,
+        refused: Callable[[], None] = lambda: None,
+    ) -> None:
         def act() -> None:
             sources, destinations = agent.sources, agent.destinations
-            resolve(agent.node.name, sources, destinations, migration, owner=owner, fenced=fenced)
+            migration = next(iter(agent.journal.migrations()), "none")
+            try:
+                resolve(
+                    agent.node.name, sources, destinations, migration, owner=owner, fenced=fenced
+                )
+            except (UsageError, UnknownMigration):
+                refused()
 
         self.scheduler.start("operator", agent, act)
 

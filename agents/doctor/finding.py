@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 
@@ -11,7 +12,7 @@ from migrate.errors import MigrateError
 from migrate.model import HostPaths, Value
 
 SCHEMA = "migrate.doctor/1"
-UNSEEN_ERRORS = (OSError, MigrateError, ValueError, KeyError, TimeoutError)
+UNSEEN_ERRORS = (OSError, MigrateError, ValueError, KeyError, subprocess.SubprocessError)
 
 
 class Status(StrEnum):

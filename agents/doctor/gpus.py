@@ -23,7 +23,7 @@ from migrate.kfd.probe import bo_record_size
 from migrate.kfd.sysfs import read_topology, read_vram
 from migrate.topology.model import Node
 
-BAR_FILE = "resource0"  # of the PCI device: the VRAM aperture of amdgpu's cards
+VISIBLE = "mem_info_vis_vram_total"  # amdgpu: bytes of VRAM behind the BAR
 GEM_DOMAIN_VRAM = 0x4  # AMDGPU_GEM_DOMAIN_VRAM
 SLOW = 1e9  # bytes a second; below it the BAR is no way to move gigabytes
 TIMEOUT = 60.0  # seconds of the child that measures
@@ -113,10 +113,10 @@ def cards(patient: Patient) -> Iterable[Finding]:
 
 def _bar(patient: Patient, gpu: Node, vram: int) -> Finding:
     name = f"bar {gpu.gpu_id:#x}"
-    file = Path(patient.paths.drm_sysfs) / f"renderD{gpu.drm_render_minor}/device" / BAR_FILE
+    file = Path(patient.paths.drm_sysfs) / f"renderD{gpu.drm_render_minor}/device" / VISIBLE
     try:
-        size = file.stat().st_size
-    except OSError as error:
+        size = int(file.read_text())
+    except (OSError, ValueError) as error:
         return unseen(name, error)
     whole = size >= vram
     return Finding(
@@ -133,14 +133,12 @@ def _bar(patient: Patient, gpu: Node, vram: int) -> Finding:
 
 def _rates(patient: Patient, gpu: Node) -> Iterable[Finding]:
     node = f"{patient.paths.dri}/renderD{gpu.drm_render_minor}"
-    found: dict[str, float] = {}
     for side in ("mmap", "sdma"):
         try:
             rates = _measured(patient, gpu, node, side)
         except UNSEEN_ERRORS as error:
             yield unseen(f"{side} {gpu.gpu_id:#x}", error, _MEND[side])
             continue
-        found[side] = rates["read"]
         slow = side == "mmap" and rates["read"] < SLOW
         yield Finding(
             name=f"{side} {gpu.gpu_id:#x}",

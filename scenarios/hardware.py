@@ -1,10 +1,10 @@
 """``make hardware``: what a machine with real cards can prove, as one file to send.
 
 ``python -m scenarios.hardware [FILE]`` examines the host, then runs the parts of the test
-suites that need no program for the GPU, and a migration from this machine to itself: the software GPUs of the lab execute opcodes of their
-own where a card executes shaders, so what submits work is left out. Ends with 0 if everything
-that could run passed and nothing essential is missing, 1 if a test failed, 22 (HOST_UNFIT) if
-this machine can't take part; it says why.
+suites that need no program for the GPU, and a migration from this machine to itself: the
+software GPUs of the lab execute opcodes of their own where a card executes shaders, so what
+submits work is left out. Ends with 0 if everything passed, 1 if something failed, 22
+(HOST_UNFIT) if this machine can't take part; it says why.
 """
 
 from __future__ import annotations

@@ -220,7 +220,8 @@ class AgentCollector(Collector):
         for state in DestinationState:
             copies.add_metric([state], sum(found is state for found, _ in states))
         yield copies
-        owned = sum(state is DestinationState.OWNED and there for state, there in states)
+        own = (DestinationState.OWNED, DestinationState.CONFIRMED)
+        owned = sum(state in own and there for state, there in states)
         yield _gauge("migrate_owned_copies", "Processes that came here, are owned and live.", owned)
 
     def _machine(self) -> Iterator[Metric]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import signal
 import sys
 import threading
 import time
@@ -131,6 +132,8 @@ def run(
 ) -> int:
     """``migrate drill run``: 0 if all passed. Raises UsageError, MigrationFailed."""
     drills = choose(names, everything=everything)
+    # As Ctrl-C: what a time limit of CI ends must not leave hosts behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def tell(outcome: Outcome) -> None:
         word = "passed" if outcome.passed else "FAILED"

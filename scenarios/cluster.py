@@ -72,6 +72,7 @@ class Cluster:
     folder: Path
     names: tuple[str, ...] = ("a", "b", "c", "d")  # hosts whose agents may send to each other
     hosts: dict[str, SimulatedHost] = field(default_factory=dict)
+    ready_timeout: float = READY_TIMEOUT
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _own_folder: bool = False
 
@@ -249,7 +250,7 @@ class Cluster:
         self._processes.append(process)
         os.close(writer)
         try:
-            readable, _, _ = select.select([reader], [], [], READY_TIMEOUT)
+            readable, _, _ = select.select([reader], [], [], self.ready_timeout)
             self._ready = os.read(reader, 256) if readable else b""
         finally:
             os.close(reader)

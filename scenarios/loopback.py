@@ -53,6 +53,7 @@ def wait(what: str, done: Callable[[], bool]) -> None:
 def run(mode: VramMode) -> dict[str, Any]:
     """Move the program once; report, and whether all its buffers were right."""
     with Cluster.temporary() as cluster:
+        cluster.ready_timeout = PATIENCE
         for name in ("a", "b"):
             add_host(cluster, name, mode)
         log, end = cluster.folder / "log", cluster.folder / "end"

@@ -102,7 +102,8 @@ class Agent:
     def start(self) -> None:
         """Recover what the journal has, then answer."""
         # From here on a source is let go if we die; before it nothing was frozen by us.
-        self._watchdog = Watchdog(self.host.paths, self.host.engine.name)
+        json_log = self.config.name if self.config.log_format == "json" else ""
+        self._watchdog = Watchdog(self.host.paths, self.host.engine.name, json_log)
         self._memory.start()
         self._receiver.start()
         # Copies that were never granted are ended before anybody can grant them.

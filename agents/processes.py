@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from migrate.engine.procfs import boot_id, start_time
+from migrate.engine.procfs import boot_id, parent, start_time
 from migrate.errors import NoSuchProcess
 from migrate.kfd.sysfs import read_processes
 from migrate.model import HostPaths
@@ -13,10 +13,16 @@ from migrate.report import ProcessRow
 
 
 def list_processes(paths: HostPaths, migration_of: Callable[[int], str | None]) -> list[ProcessRow]:
-    """One row a process that has KFD open; one that ends meanwhile is left out."""
+    """One row a process that has KFD open; one that ends meanwhile is left out.
+
+    So are this agent and its helpers, which open KFD to look and to resume: the kernel lists a
+    process until its memory is gone, not until the file is closed.
+    """
     rows = []
     for usage in read_processes(paths):
         try:
+            if _is_ours(usage.pid):
+                continue
             uid = os.stat(f"/proc/{usage.pid}").st_uid
             with open(f"/proc/{usage.pid}/cmdline", "rb") as cmdline:
                 command = cmdline.read().replace(b"\0", b" ").decode(errors="replace").strip()
@@ -36,3 +42,13 @@ def list_processes(paths: HostPaths, migration_of: Callable[[int], str | None]) 
             )
         )
     return rows
+
+
+def _is_ours(pid: int) -> bool:
+    """The agent, or a helper: a child in its session. Copies have sessions of their own."""
+    if pid == os.getpid():
+        return True
+    try:
+        return parent(pid) == os.getpid() and os.getsid(pid) == os.getsid(0)
+    except (NoSuchProcess, ProcessLookupError):
+        return False

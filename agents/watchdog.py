@@ -29,6 +29,7 @@ from pathlib import Path
 
 import msgspec
 
+from agents.logs import use_json_lines
 from migrate.engine.reexec import ReexecEngine
 from migrate.engine.seam import ProcessEngine, Survey
 from migrate.errors import AgentBusy, MigrateError, NoSuchProcess, UsageError
@@ -68,9 +69,12 @@ class _Request(msgspec.Struct):
 
 
 class Watchdog:
-    """Started by an agent that holds the lock; ``close`` ends it without any action."""
+    """Started by an agent that holds the lock; ``close`` ends it without any action.
 
-    def __init__(self, paths: HostPaths, engine: str) -> None:
+    *json_log*: the host's name, if the agent's log is JSON lines.
+    """
+
+    def __init__(self, paths: HostPaths, engine: str, json_log: str = "") -> None:
         """Wait for the watchdog of the agent before us, then start our own."""
         run = Path(paths.run)
         _wait_for_the_one_before(run)
@@ -79,6 +83,8 @@ class Watchdog:
         reader, self._writer = os.pipe()
         command = [sys.executable, "-m", "agents.watchdog", "--agent-fd", str(reader)]
         command += ["--paths", msgspec.json.encode(paths).decode(), "--engine", engine]
+        if json_log:
+            command += ["--json-log", json_log]
         try:
             self._process = subprocess.Popen(
                 command,
@@ -240,8 +246,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--agent-fd", type=int, required=True, help="pipe; closed when it dies")
     parser.add_argument("--paths", required=True, help="HostPaths as JSON")
     parser.add_argument("--engine", choices=["reexec"], required=True)
+    parser.add_argument("--json-log", metavar="HOST", help="log JSON lines, as of this host")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s watchdog: %(message)s")
+    if options.json_log:
+        use_json_lines(options.json_log)
     paths = msgspec.json.decode(options.paths, type=HostPaths)
     rescue = Rescue(Path(paths.run), ReexecEngine(paths))
     while os.read(options.agent_fd, 1):

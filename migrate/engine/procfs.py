@@ -37,6 +37,14 @@ def start_time(pid: int) -> int:
         raise NoSuchProcess(f"no process {pid}") from error
 
 
+def parent(pid: int) -> int:
+    """Pid of its parent. Raises NoSuchProcess."""
+    try:
+        return int(_stat(f"/proc/{pid}/stat")[1])
+    except (OSError, IndexError) as error:
+        raise NoSuchProcess(f"no process {pid}") from error
+
+
 def reference(pid: int) -> ProcessRef:
     """The reference of a living process. Raises NoSuchProcess."""
     found = ProcessRef(pid=pid, start_time=start_time(pid), boot_id=boot_id())

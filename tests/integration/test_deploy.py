@@ -141,19 +141,21 @@ def test_a_host_whose_key_is_not_known_is_refused_and_not_added(site: Site) -> N
         assert outcome.code == 21
         assert "ssh-ed25519 SHA256:" in outcome.document["hosts"][0]["error"]["message"]
         site.servers.known_hosts.write_bytes(known[0] + known[1].split(b" ", 1)[0] + b" " + other)
-        outcome = site.deploy(hosts=("b",))
+        elsewhere = site.cluster.folder / "never"
+        outcome = site.deploy("--prefix", str(elsewhere), hosts=("b",))
         assert outcome.code == 21
         assert "not the one that is known" in outcome.document["hosts"][0]["error"]["message"]
-        assert not site.prefix("b").exists()
+        assert not elsewhere.exists()
     finally:
         site.servers.known_hosts.write_bytes(before)
 
 
 def test_a_host_that_is_unfit_is_not_touched(site: Site) -> None:
-    outcome = site.deploy("--root", "/nonexistent", hosts=("a",))
+    elsewhere = site.cluster.folder / "unfit"
+    outcome = site.deploy("--root", "/nonexistent", "--prefix", str(elsewhere), hosts=("a",))
     assert outcome.code == 22
     assert "/nonexistent/kfd" in outcome.document["hosts"][0]["error"]["message"]
-    assert not (site.prefix("a") / "releases").exists()
+    assert not elsewhere.exists()
     if not Path("/run/systemd/system").exists():
         outcome = site.deploy("--service", "systemd", hosts=("a",))
         assert outcome.code == 22

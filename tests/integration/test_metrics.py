@@ -101,6 +101,7 @@ def test_a_migration_is_seen_while_it_runs_and_when_it_has_ended(observed: Clust
     assert value(after, "migrate_gpu_processes") == 0
     there = scrape(observed, "b")
     assert value(there, "migrate_owned_copies") == 1
+    assert value(there, "migrate_gpu_processes") == 1  # the agent, which resumed it, is none
     assert value(there, "migrate_destination_copies", state="OWNED") == 1
     assert value(before[1], "migrate_owned_copies") == 0
 

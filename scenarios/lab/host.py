@@ -13,7 +13,7 @@ from pathlib import Path
 from migrate.model import Value
 from scenarios.lab.layout import LabError, Layout, output
 
-BOOT_SECONDS = 180.0  # emulated and on a busy machine; usually 10
+BOOT_SECONDS = 600.0  # emulated and on a busy machine; usually 10
 # PCI slots of the first GPU: the slot goes into a gpu_id, so hosts have different ids.
 FIRST_SLOT = {"a": 0x08, "b": 0x10}
 DOORBELL_BYTES = "2M"  # size of the BAR that is a GPU's doorbell aperture

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
 
 
 def test_a_hung_scheduler_is_etime_and_the_gpu_lost(start_host: StartHost) -> None:
-    host = start_host(HostSpec(name="a"))
+    host = start_host(HostSpec(name="b"))
     conformance.install_project(host)
     said = host.ssh(
         "cd /opt/project && MIGRATE_CONFORMANCE=kernel"

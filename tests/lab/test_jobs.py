@@ -7,7 +7,7 @@ import pytest
 from scenarios.lab import conformance
 from scenarios.lab.host import Host, HostSpec
 from tests.lab.conftest import SharedHost
-from tests.lab.jobs import GpuJob, wait_for
+from tests.lab.jobs import GpuJob, RocrJob, wait_for
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
 
@@ -17,11 +17,14 @@ def host(shared_host: SharedHost) -> Host:
     return shared_host(HostSpec(name="a"))
 
 
-def start(host: Host, command: str) -> None:
+def start(host: Host, command: str) -> int:
+    """Its pid."""
+    line = f"echo $$ > /root/pid; exec {command}"
     host.ssh(
-        f"cd /opt/project; setsid {command} < /dev/null > /root/said 2>&1 &"
-        " sleep 0.1"  # or ssh is gone before it is
+        f"cd /opt/project; rm -f /root/pid; setsid sh -c '{line}' < /dev/null > /root/said 2>&1 &"
+        " until [ -s /root/pid ]; do sleep 0.05; done"
     )
+    return int(host.ssh("cat /root/pid"))
 
 
 def test_a_job_with_threads_files_pipes_and_a_socket_comes_out_right(host: Host) -> None:
@@ -67,6 +70,15 @@ def test_a_step_that_was_lost_is_noticed(host: Host) -> None:
     with pytest.raises(AssertionError, match="step"):
         job.ask()
     job.gpus = 1
+    job.finish()
+
+
+def test_an_unmodified_rocr_program_comes_out_right(host: Host) -> None:
+    RocrJob.build(host)
+    job = RocrJob(host, start(host, RocrJob.command))
+    first = job.after(5)
+    later = job.after(first["step"] + 20)
+    assert later["counter"] > first["counter"]
     job.finish()
 
 

@@ -11,7 +11,7 @@ EVIDENCE := docs/evidence
 DRILLS ?= build
 
 .DELETE_ON_ERROR:
-.PHONY: help gone venv check test demo soak drills lab hardware evidence clean
+.PHONY: help gone venv check test demo soak drills lab hardware evidence man clean
 
 help:
 	@echo 'make demo      move a running process between two simulated GPU hosts'
@@ -22,6 +22,7 @@ help:
 	@echo 'make lab       the tests against the real driver in virtual GPU hosts'
 	@echo 'make hardware  what a machine with real cards can prove, as one file (root)'
 	@echo 'make evidence  the full figures, in $(EVIDENCE)'
+	@echo 'make man       the manual page, in build/man'
 	@echo 'make clean     remove .venv and all that was built'
 
 venv: $(STAMP)
@@ -81,6 +82,9 @@ lab: $(STAMP)
 
 hardware: $(STAMP)
 	$(BIN)/python -m scenarios.hardware
+
+man: $(STAMP)
+	$(BIN)/python -m migrate.cli.pages --man build/man/migrate.1
 
 evidence: $(STAMP) $(WEIGHTS)
 	$(BIN)/python -m scenarios.evidence $(EVIDENCE)

@@ -198,6 +198,17 @@ class StillRunning(MigrateError):
     advice = "It goes on by itself. `migrate watch ID` follows, `migrate abort ID` cancels."
 
 
+class PeerNonsense(MigrateError):
+    """What the other agent sent makes no sense, and was not acted on."""
+
+    reason = "PEER_NONSENSE"
+    exit_code = 29
+    advice = (
+        "Install the same release of migrate on both hosts. If that does not help, report it; if"
+        " the source's host may be in wrong hands, take it out of allow_from and revoke it."
+    )
+
+
 # ---------------------------------------------------------------- the process
 
 
@@ -673,17 +684,6 @@ class GivenToSource(MigrationFailed):
     reason = "RESOLVED_TO_SOURCE"
     exit_code = 86
     advice = "What the process did at the destination, if it ran there, is done again."
-
-
-class PeerNonsense(MigrationFailed):
-    """What the other agent sent makes no sense, and was not acted on."""
-
-    reason = "PEER_NONSENSE"
-    exit_code = 89
-    advice = (
-        "Install the same release of migrate on both hosts. If that does not help, report it; if"
-        " the source's host may be in wrong hands, take it out of allow_from and revoke it."
-    )
 
 
 # ---------------------------------------------------------------- needs an operator

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from migrate.dataplane.receiver import Receiver
+from migrate.dataplane.receiver import Session as DataSession
 from migrate.errors import AgentBusy, MigrateError, UnknownMigration
 from migrate.model import GpuMap
 from migrate.orchestrator.checks import (
+    check_facts,
     check_needs,
     check_options,
     check_order,
@@ -26,9 +30,10 @@ from migrate.orchestrator.destination import (
 )
 from migrate.orchestrator.handover import DestinationHandover
 from migrate.orchestrator.host import Host
-from migrate.orchestrator.peer import Peer
+from migrate.orchestrator.peer import Examined, Peer, Session
 from migrate.orchestrator.plan import Needs, Options
-from migrate.orchestrator.preflight import check_room, choose_map
+from migrate.orchestrator.preflight import check_room, choose_map, examine
+from migrate.preflight.facts import Facts
 from migrate.status import DestinationState, SourceState
 from migrate.topology.model import Topology
 
@@ -37,6 +42,8 @@ _log = logging.getLogger(__name__)
 UPKEEP = 2.0  # seconds between looks at what waits
 SILENCE = 10.0  # seconds without a word before the source is asked
 MAX_WAITING = 64  # reserved and not granted, all sources together
+SAMPLE_LIFE = 15.0  # seconds that a session for a sample is open
+MAX_SAMPLES, MAX_SAMPLE = 8, 16 << 20  # at once, bytes each
 RESERVATION_LIFE = 300.0  # seconds a reservation outlives a source that can't be reached
 
 UNGRANTED = frozenset(
@@ -44,6 +51,15 @@ UNGRANTED = frozenset(
 )
 # A source that reclaimed had granted, and this copy was revoked: nothing to be asked about.
 NOT_GRANTED = frozenset({SourceState.UNDOING, SourceState.ROLLED_BACK})
+
+
+@dataclass
+class _Sample:
+    """A data session that preflight measures by."""
+
+    source: str
+    ends: float  # by the host's clock
+    session: DataSession
 
 
 class Destinations:
@@ -64,12 +80,62 @@ class Destinations:
         self._is_revoked = is_revoked
         self._lock = host.clock.lock()
         self._live: dict[str, DestinationMigration] = {}
+        self._samples: dict[bytes, _Sample] = {}
         self._stop = host.clock.event()
         self._upkeep: Thread | None = None
 
     def start(self) -> None:
         """Begin to look after what waits."""
         self._upkeep = self._host.clock.start("upkeep", self._look_after)
+
+    def examine(
+        self,
+        source: str,
+        engine: str,
+        needs: Needs,
+        topology: Topology,
+        options: Options,
+        facts: Facts,
+        sample: int,
+    ) -> Examined:
+        """Everything that speaks against it, and a session that takes *sample* bytes.
+
+        The session ends with the next call of the same source, or after SAMPLE_LIFE.
+        """
+        check_needs(needs)
+        check_topology(topology)
+        check_options(options)
+        check_facts(facts)
+        findings, gpu_map = examine(self._host, engine, needs, topology, options, facts)
+        self._end_samples(lambda found: found.source == source)
+        return Examined(
+            findings=findings,
+            gpu_map=gpu_map,
+            clock=time.time(),
+            session=self._take_sample(source, sample) if 0 < sample <= MAX_SAMPLE else None,
+        )
+
+    def _take_sample(self, source: str, size: int) -> Session | None:
+        """None: enough are under way."""
+        session_id, secret = secrets.token_bytes(16), secrets.token_bytes(32)
+        with self._lock:
+            if len(self._samples) >= MAX_SAMPLES:
+                return None
+            session = self._receiver.open_session(session_id, secret, size)
+            ends = self._host.clock.monotonic() + SAMPLE_LIFE
+            self._samples[session_id] = _Sample(source, ends, session)
+        host, port = self._data
+        return Session(
+            data_address=host, data_port=port, session_id=session_id, session_secret=secret
+        )
+
+    def _end_samples(self, which: Callable[[_Sample], bool]) -> None:
+        with self._lock:
+            ended = [number for number, sample in self._samples.items() if which(sample)]
+            for number in ended:
+                del self._samples[number]
+        for number in ended:
+            self._receiver.close_session(number)
 
     def reserve(
         self,
@@ -84,7 +150,8 @@ class Destinations:
         check_needs(needs)
         check_topology(topology)
         check_options(options)
-        check_room(self._host, engine, needs, options)
+        check_room(self._host, engine, needs)
+        self._end_samples(lambda sample: sample.source == source.name)
         gpu_map = choose_map(self._host, topology, needs, options)
         with self._lock:
             known = self._host.journal.last(migration, "destination")
@@ -165,7 +232,10 @@ class Destinations:
         """Addresses of all staging in this process, for the accounting of memory."""
         with self._lock:
             live = list(self._live.values())
-        return tuple(r for migration in live for r in migration.staging_ranges())
+            samples = [sample.session.staging for sample in self._samples.values()]
+        return tuple(r for migration in live for r in migration.staging_ranges()) + tuple(
+            r for staging in samples for r in staging.address_ranges()
+        )
 
     def stop(self) -> None:
         """Stop looking; what waits stays as it is and is recovered at the next start."""
@@ -191,6 +261,8 @@ class Destinations:
 
     def _look_after(self) -> None:
         while not self._stop.wait(UPKEEP):
+            now = self._host.clock.monotonic()
+            self._end_samples(lambda sample, now=now: sample.ends < now)  # type: ignore[misc]
             with self._lock:
                 live = list(self._live.values())
             for migration in live:

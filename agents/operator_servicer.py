@@ -60,15 +60,23 @@ class OperatorServicer(agent_pb2_grpc.AgentServicer):
         rows = list_processes(self._host.paths, self._sources.migration_of)
         return agent_pb2.ListProcessesReply(processes=msgspec.json.encode(rows))
 
+    def Check(
+        self, request: agent_pb2.CheckRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.CheckReply:
+        """Preflight alone."""
+        _check_target(request.pid, request.destination, request.destination_address)
+        options = parsed(request.options or b"{}", Options)
+        check_options(options)
+        found = self._sources.check(
+            request.pid, request.destination, request.destination_address, options
+        )
+        return agent_pb2.CheckReply(check=msgspec.json.encode(found))
+
     def Run(
         self, request: agent_pb2.RunRequest, context: grpc.ServicerContext
     ) -> agent_pb2.RunReply:
         """Start a migration."""
-        if not HOST_NAME.fullmatch(request.destination):
-            raise UsageError(f"{request.destination!r} is not a host name")
-        split_address(request.destination_address)
-        if not 0 < request.pid < 1 << 22:  # PID_MAX_LIMIT of Linux
-            raise UsageError(f"{request.pid} is not a pid")
+        _check_target(request.pid, request.destination, request.destination_address)
         options = parsed(request.options or b"{}", Options)
         check_options(options)
         migration = self._sources.start(
@@ -138,3 +146,12 @@ class OperatorServicer(agent_pb2_grpc.AgentServicer):
             fenced=request.fenced,
         )
         return agent_pb2.ResolveReply(message=message)
+
+
+def _check_target(pid: int, destination: str, address: str) -> None:
+    """Raises UsageError."""
+    if not HOST_NAME.fullmatch(destination):
+        raise UsageError(f"{destination!r} is not a host name")
+    split_address(address)
+    if not 0 < pid < 1 << 22:  # PID_MAX_LIMIT of Linux
+        raise UsageError(f"{pid} is not a pid")

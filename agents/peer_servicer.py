@@ -25,6 +25,7 @@ from migrate.orchestrator.destination import DestinationMigration, SourceRecord
 from migrate.orchestrator.handover import Answer
 from migrate.orchestrator.peer import GrantReply
 from migrate.orchestrator.plan import PROTOCOL, Needs, Options
+from migrate.preflight.facts import Facts
 from migrate.report import DestinationFigures
 from migrate.rpc.pb import peer_pb2, peer_pb2_grpc
 from migrate.rpc.tls import peer_certificate, peer_identity
@@ -60,19 +61,14 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
         self, request: peer_pb2.ReserveRequest, context: grpc.ServicerContext
     ) -> peer_pb2.ReserveReply:
         """Make room for a process, if the caller may send one here."""
-        caller = peer_identity(context)
-        if request.protocol != PROTOCOL:
-            raise ProtocolMismatch(
-                f"the source speaks protocol {request.protocol}, this host {PROTOCOL}"
-            )
-        if caller.name != request.source:
-            raise PermissionRefused(f"{caller.name} can't speak for {request.source[:64]!r}")
-        self._check_allowed(caller.name)
+        caller = self._sender(context, request.protocol)
+        if caller != request.source:
+            raise PermissionRefused(f"{caller} can't speak for {request.source[:64]!r}")
         check_names(
             request.migration, request.source, request.source_address, request.source_store_id
         )
         source = SourceRecord(
-            name=caller.name,
+            name=caller,
             address=request.source_address,
             store_id=request.source_store_id,
             serial=f"{peer_certificate(context).serial_number:x}",
@@ -92,6 +88,30 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
             data_port=data_port,
             session_id=session_id,
             session_secret=secret,
+        )
+
+    def Examine(
+        self, request: peer_pb2.ExamineRequest, context: grpc.ServicerContext
+    ) -> peer_pb2.ExamineReply:
+        """Everything that speaks against a migration to here."""
+        found = self._destinations.examine(
+            self._sender(context, request.protocol),
+            request.engine,
+            parsed(request.needs, Needs),
+            parsed(request.topology, Topology),
+            parsed(request.options, Options),
+            parsed(request.facts, Facts),
+            request.sample,
+        )
+        session = found.session
+        return peer_pb2.ExamineReply(
+            findings=msgspec.json.encode(found.findings),
+            gpu_map=msgspec.json.encode(found.gpu_map) if found.gpu_map is not None else b"",
+            clock=found.clock,
+            data_host=session.data_address if session is not None else "",
+            data_port=session.data_port if session is not None else 0,
+            session_id=session.session_id if session is not None else b"",
+            session_secret=session.session_secret if session is not None else b"",
         )
 
     def Restore(
@@ -158,6 +178,14 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
             message="this journal has no record of the migration",
             figures=DestinationFigures(),
         )
+
+    def _sender(self, context: grpc.ServicerContext, protocol: int) -> str:
+        """The calling host's name, if it may send processes here."""
+        caller = peer_identity(context)
+        if protocol != PROTOCOL:
+            raise ProtocolMismatch(f"the source speaks protocol {protocol}, this host {PROTOCOL}")
+        self._check_allowed(caller.name)
+        return caller.name
 
     def _find(self, migration: str, context: grpc.ServicerContext) -> DestinationMigration | None:
         """The migration that a source speaks of, None if the journal has no record of it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Collection
@@ -11,15 +12,17 @@ from migrate.dataplane.channel import Channel, connect_tcp
 from migrate.dataplane.sender import Sender
 from migrate.engine.seam import Survey
 from migrate.errors import AgentBusy, MigrateError, NoSuchProcess, SameHost, UnknownMigration
-from migrate.model import Value
+from migrate.model import ProcessRef, Value
 from migrate.orchestrator.clock import Thread
+from migrate.orchestrator.estimate import MAX_HISTORY
+from migrate.orchestrator.figures import gpu_rows
 from migrate.orchestrator.handover import SourceHandover
 from migrate.orchestrator.host import Host
 from migrate.orchestrator.peer import Peer, Reservation
 from migrate.orchestrator.plan import Options
-from migrate.orchestrator.source import SourceMigration
-from migrate.orchestrator.source_handover import StateRecord
-from migrate.report import Report
+from migrate.orchestrator.source import SourceMigration, check, unpause
+from migrate.orchestrator.source_handover import StateRecord, is_paused, note_unpaused
+from migrate.report import Check, End, Report
 from migrate.status import SourceState
 
 _log = logging.getLogger(__name__)
@@ -103,6 +106,38 @@ class Sources:
             self._launch(self._build(migration, request, SourceHandover()), restarted=False)
             return migration
 
+    def check(self, pid: int, destination: str, address: str, options: Options) -> Check:
+        """Everything that speaks against a migration, and what it would cost.
+
+        Raises NoSuchProcess, NotKfdProcess, ForeignProcess, AgentBusy, SameHost and what else
+        leaves nothing to be checked.
+        """
+        began = self._host.clock.monotonic()
+        if destination == self._host.name:
+            raise SameHost(f"{destination} is both source and destination")
+        survey = self._host.engine.survey(pid)
+        running = self.migration_of(pid)
+        if running is not None:
+            raise AgentBusy(f"process {pid} is being migrated already: {running}")
+        peer = self._dial(destination, address)
+        found = check(self._host, peer, survey, options, self._known(destination))
+        return Check(
+            source=End(host=self._host.name, pid=pid),
+            destination=End(host=destination),
+            command=survey.command,
+            engine=self._host.engine.name,
+            blockers=found.blockers(),
+            warnings=found.warnings(),
+            prediction=found.prediction,
+            gpu_map=gpu_rows(found.gpu_map, found.user_gpu_ids),
+            seconds=self._host.clock.monotonic() - began,
+        )
+
+    def _known(self, destination: str) -> list[Report]:
+        """The newest reports of migrations that came to *destination*."""
+        reports = self.reports(MAX_HISTORY)
+        return [r for r in reports if r.destination.host == destination and r.downtime is not None]
+
     def recover(self, let_go: Collection[str] = ()) -> list[str]:
         """Go on with every migration that had not ended. Returns their ids.
 
@@ -146,6 +181,7 @@ class Sources:
     def _recovered(self, migration: str) -> SourceMigration | None:
         request = self._host.journal.last(migration, "request")
         if request is None:
+            self._end_check(migration)
             return None
         state = self._state(migration)
         machine = SourceHandover(SourceState.SETUP)
@@ -159,6 +195,16 @@ class Sources:
             built.conclude()
             return None
         return built
+
+    def _end_check(self, name: str) -> None:
+        """Start the queues of a process whose check ended in the middle."""
+        checked = self._host.journal.last(name, "check")
+        if checked is None or not is_paused(self._host.journal, name):
+            return
+        process = checked.decode(ProcessRef)
+        with contextlib.suppress(NoSuchProcess):
+            self._host.engine.snapshot(process, unpause)
+        note_unpaused(self._host.journal, name)
 
     def get(self, migration: str) -> SourceMigration:
         """A migration of this run of the agent. Raises UnknownMigration."""
@@ -245,7 +291,7 @@ class Sources:
     def _build(
         self, migration: str, request: RequestRecord, machine: SourceHandover
     ) -> SourceMigration:
-        return SourceMigration(
+        built = SourceMigration(
             migration,
             request.survey,
             self._host,
@@ -254,6 +300,8 @@ class Sources:
             self._sender,
             machine,
         )
+        built.known = self._known(request.destination)
+        return built
 
     def _launch(self, migration: SourceMigration, *, restarted: bool) -> None:
         def drive() -> None:

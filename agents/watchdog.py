@@ -35,7 +35,7 @@ from migrate.engine.seam import ProcessEngine, Survey
 from migrate.errors import AgentBusy, MigrateError, NoSuchProcess, UsageError
 from migrate.journal import Record, read_records
 from migrate.kfd.process import KfdProcess
-from migrate.model import HostPaths
+from migrate.model import HostPaths, ProcessRef
 from migrate.orchestrator.source_handover import StateRecord
 from migrate.status import SourceState
 
@@ -164,6 +164,8 @@ class Rescue:
         """UNPAUSE and thaw one process. False: to be tried again."""
         try:
             last = {record.kind: record for record in records}
+            if "check" in last:
+                return self._end_check(last)
             if "request" not in last or "source" not in last:
                 return True
             state = last["source"].decode(StateRecord).state
@@ -186,6 +188,21 @@ class Rescue:
             _log.warning("process %d can't be let go yet: %s", process.pid, error)
             return False
         _log.warning("migration %s: process %d was let go (%s)", migration, process.pid, state)
+        return True
+
+    def _end_check(self, last: dict[str, Record]) -> bool:
+        """UNPAUSE a process that was only looked at. False: to be tried again."""
+        process = last["check"].decode(ProcessRef)
+        paused = "paused" in last and last["paused"].decode(bool)
+        if not paused or not self._engine.is_alive(process):
+            return True
+        try:
+            self._engine.snapshot(process, _unpause)
+        except NoSuchProcess:
+            return True
+        except (MigrateError, OSError) as error:
+            _log.warning("process %d can't be let go yet: %s", process.pid, error)
+            return False
         return True
 
     def _note(self, migration: str) -> None:

@@ -38,7 +38,7 @@ from migrate.errors import (
 from migrate.inventory import Host, Inventory, TlsFiles
 from migrate.model import Value
 from migrate.orchestrator.plan import Options
-from migrate.report import Event, ProcessRow, Report
+from migrate.report import Check, Event, ProcessRow, Report
 from migrate.rpc.errors import translated
 from migrate.rpc.explain import explain_failure
 from migrate.rpc.pb import agent_pb2
@@ -218,6 +218,20 @@ class Client:
         )
         with self._agent(request.source) as stub:
             return str(stub.Run(wire, timeout=START).id)
+
+    def check(
+        self, source: str, destination: str, pid: int, *, options: Options | None = None
+    ) -> Check:
+        """Everything that speaks against a migration, and what it would cost. Starts nothing."""
+        target = self.inventory.host(destination)
+        request = agent_pb2.CheckRequest(
+            pid=pid,
+            destination=target.name,
+            destination_address=target.address,
+            options=msgspec.json.encode(options or Options()),
+        )
+        with self._agent(source) as stub:
+            return _decoded(stub.Check(request, timeout=START).check, Check)
 
     def show(self, source: str, migration: str) -> Report:
         """The report as things stand. Raises UnknownMigration."""

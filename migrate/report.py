@@ -14,6 +14,7 @@ from migrate.status import Owner, Status
 
 REPORT_SCHEMA = "migrate.report/1"
 EVENT_SCHEMA = "migrate.event/1"
+CHECK_SCHEMA = "migrate.check/1"
 
 
 class End(Value):
@@ -104,6 +105,35 @@ class Failure(Value):
     detail: str = ""
 
 
+class Notice(Value):
+    """What a person should know and what forbids nothing."""
+
+    reason: str
+    message: str
+    advice: str
+
+
+class Prediction(Value):
+    """What preflight expects, before anything was moved. Stored beside what came true.
+
+    ``seconds`` in all, ``downtime`` of it; ``wire`` bytes. ``rate`` is bytes of memory a
+    second through the streams, ``ratio`` wire bytes by memory bytes, ``zero`` the share of
+    zeros, ``dirty`` the share of memory that changed within ``interval`` seconds.
+    ``sampled``: bytes of the process's memory that was measured by; 0: nothing was, and
+    the figures are those of earlier migrations, or guesses.
+    """
+
+    seconds: float
+    downtime: float
+    wire: int
+    sampled: int = 0
+    rate: float = 0.0
+    ratio: float = 1.0
+    zero: float = 0.0
+    dirty: float = 0.0
+    interval: float = 0.0
+
+
 class DestinationFigures(Value):
     """What only the destination can measure; part of its answers."""
 
@@ -126,6 +156,8 @@ class Report(Value):
     something before and does nothing now), "ended", or "" if nobody looked. ``replayed``:
     the source went on from its freeze though the copy had run, or may have: what the process
     did since may be done again. ``stream_resumes``: connections that broke and were made anew.
+    ``prediction``, ``blockers`` and ``warnings`` are preflight's; ``predicted_downtime`` was
+    made last before the freeze. The first of the blockers is the ``failure``.
     """
 
     id: str
@@ -148,12 +180,30 @@ class Report(Value):
     pending_packets: int = 0
     life: str = ""
     replayed: bool = False
+    prediction: Prediction | None = None
+    blockers: tuple[Failure, ...] = ()
+    warnings: tuple[Notice, ...] = ()
     chunks_verified: int = 0
     stream_resumes: int = 0
     source_peak: PeakMemory = PeakMemory()
     destination_peak: PeakMemory = PeakMemory()
     failure: Failure | None = None
     schema: str = REPORT_SCHEMA
+
+
+class Check(Value):
+    """What ``migrate check`` says. ``seconds``: how long it took to find out."""
+
+    source: End
+    destination: End
+    command: tuple[str, ...]
+    engine: str
+    blockers: tuple[Failure, ...]
+    warnings: tuple[Notice, ...]
+    prediction: Prediction | None
+    gpu_map: tuple[GpuRow, ...]
+    seconds: float
+    schema: str = CHECK_SCHEMA
 
 
 class Event(Value):

@@ -130,10 +130,20 @@ class Cluster:
         *,
         slot_offset: int | None = None,
         node_options: Sequence[str] = (),
+        allow_unprivileged: bool = True,
         setup: AgentSetup | None = None,
     ) -> SimulatedHost:
-        """Start a node and its agent. Other slots give other gpu_ids on each host."""
-        self.add_node(name, profile, slot_offset=slot_offset, node_options=node_options)
+        """Start a node and its agent. Other slots give other gpu_ids on each host.
+
+        *allow_unprivileged* False: its KFD wants CAP_CHECKPOINT_RESTORE, as a kernel does.
+        """
+        self.add_node(
+            name,
+            profile,
+            slot_offset=slot_offset,
+            node_options=node_options,
+            allow_unprivileged=allow_unprivileged,
+        )
         return self.start_agent(name, setup)
 
     def add_node(
@@ -143,6 +153,7 @@ class Cluster:
         *,
         slot_offset: int | None = None,
         node_options: Sequence[str] = (),
+        allow_unprivileged: bool = True,
     ) -> SimulatedHost:
         """Start a node alone: its agent is somebody else's."""
         offset = len(self.hosts) * 3 if slot_offset is None else slot_offset
@@ -153,7 +164,7 @@ class Cluster:
                 "--root", str(root),
                 "--profile", profile,
                 "--slot-offset", str(offset),
-                "--allow-unprivileged",
+                *(("--allow-unprivileged",) if allow_unprivileged else ()),
                 *node_options,
             ],
             self.folder / f"{name}.node.log",

@@ -33,6 +33,7 @@ class Entry(NamedTuple):
 # by itself. scenarios is named here, never imported: a layer may not use one above it.
 COMMANDS: dict[str, Entry] = {
     "run": Entry("migrate.cli.run:run_command", "Move a running process to another host."),
+    "check": Entry("migrate.cli.check:check_command", "Say whether a process can be moved."),
     "hosts": Entry("migrate.cli.hosts:hosts_command", "List the hosts and their agents."),
     "ps": Entry("migrate.cli.ps:ps_command", "List a host's GPU processes."),
     "drain": Entry("migrate.cli.drain:drain_command", "Move every GPU process off a host."),

@@ -42,9 +42,11 @@ def render(output: Output, report: Report) -> None:
         )
     if report.status is Status.COMPLETED:
         _render_success(output, report)
-    if report.failure is not None:
-        output.text(f"{report.failure.reason}: {report.failure.message}")
-        output.text(report.failure.advice)
+    for failure in report.blockers or filter(None, [report.failure]):
+        output.text(f"{failure.reason}: {failure.message}")
+        output.text(failure.advice)
+    for warning in report.warnings:
+        output.text(f"warning {warning.reason}: {warning.message}")
 
 
 def _render_success(output: Output, report: Report) -> None:
@@ -53,6 +55,12 @@ def _render_success(output: Output, report: Report) -> None:
         f"Moved: VRAM {size(moved.vram)}, GTT {size(moved.gtt)}, CPU {size(moved.cpu)};"
         f" {size(moved.wire)} on the wire; {report.chunks_verified} chunks verified"
     )
+    if report.prediction is not None:
+        output.text(
+            f"Preflight said: {duration(report.prediction.seconds)} in all (was"
+            f" {duration(report.seconds)}), {duration(report.prediction.downtime)} of downtime,"
+            f" {size(report.prediction.wire)} on the wire"
+        )
     down = report.downtime
     if down is not None:
         predicted = report.predicted_downtime

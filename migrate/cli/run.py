@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from migrate.cli.check import show
 from migrate.cli.following import follow
 from migrate.cli.output import Output
 from migrate.cli.reporting import render
@@ -80,6 +81,7 @@ SCHEMA_STARTED = "migrate.started/1"
     help="Which GPU goes where (default: the best map is searched).",
 )
 @click.option("--relax", multiple=True, metavar="RULE", help="Leave out one topology rule.")
+@click.option("--dry-run", is_flag=True, help="Only check and predict, as `migrate check` does.")
 @click.option(
     "--wait/--no-wait",
     default=True,
@@ -110,6 +112,7 @@ def run_command(
     hold_source: bool,
     gpu_map: str,
     relax: tuple[str, ...],
+    dry_run: bool,
     wait: bool,
     idempotency_key: str,
 ) -> int:
@@ -133,6 +136,9 @@ def run_command(
         relax=relax,
     )
     inventory, output = settings.inventory, settings.output
+    if dry_run:
+        with Client(inventory) as client:
+            return show(output, client.check(source, destination, pid, options=options))
     migration = start(inventory, source, destination, pid, options, idempotency_key)
     if not wait:
         if output.json:

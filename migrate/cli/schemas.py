@@ -18,7 +18,15 @@ from migrate.client import REQUEST_SCHEMA, Request
 from migrate.drain.drain import SCHEMA as DRAIN
 from migrate.drain.drain import Summary
 from migrate.model import Value
-from migrate.report import EVENT_SCHEMA, REPORT_SCHEMA, Event, ProcessRow, Report
+from migrate.report import (
+    CHECK_SCHEMA,
+    EVENT_SCHEMA,
+    REPORT_SCHEMA,
+    Check,
+    Event,
+    ProcessRow,
+    Report,
+)
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -59,6 +67,7 @@ SENT: Mapping[str, type[Value]] = {REQUEST_SCHEMA: Request}
 RECEIVED: Mapping[str, type[Value]] = {
     EVENT_SCHEMA: Event,
     REPORT_SCHEMA: Report,
+    CHECK_SCHEMA: Check,
     PROCESSES: Processes,
     HISTORY: History,
     DRAIN: Summary,

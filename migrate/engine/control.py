@@ -14,7 +14,13 @@ import time
 
 from migrate.engine import procfs
 from migrate.engine.marker import Marker
-from migrate.errors import ForeignProcess, FreezeTimeout, NoSuchProcess, ProcessExited
+from migrate.errors import (
+    EngineUnsupported,
+    ForeignProcess,
+    FreezeTimeout,
+    NoSuchProcess,
+    ProcessExited,
+)
 from migrate.model import ProcessRef
 
 _POLL = 0.0005  # seconds between looks at a process that is about to stop
@@ -75,11 +81,12 @@ def freeze(process: ProcessRef, marker: Marker, timeout: float) -> None:
 def thaw(process: ProcessRef) -> None:
     """Let a frozen or held process go on; one that is gone or runs is no error.
 
-    One that somebody else stopped stays stopped. Raises FreezeTimeout if it does not go on.
+    One that somebody else stopped stays stopped, and one without our runtime was never
+    frozen by us. Raises FreezeTimeout if it does not go on.
     """
     if not procfs.is_alive(process):
         return
-    with contextlib.suppress(NoSuchProcess), Marker.of(process) as marker:
+    with contextlib.suppress(NoSuchProcess, EngineUnsupported), Marker.of(process) as marker:
         _let_go(process, marker)
 
 

@@ -32,6 +32,7 @@ from migrate.orchestrator.plan import (
     Options,
     RestoreOrder,
 )
+from migrate.preflight.facts import Facts
 from migrate.topology.model import Topology
 
 MAX_PROCESSES = 4096  # with KFD, in one tree
@@ -40,6 +41,7 @@ MAX_NODES = 1024
 MAX_STATE = 64 << 20  # bytes of an engine's document
 MAX_BYTES = 1 << 50  # any sum of sizes
 MAX_TEXT = 4096  # characters
+MAX_FACTS = 1 << 17
 MAX_POINTERS = 1 << 16
 MAX_PID = 1 << 22  # PID_MAX_LIMIT of Linux
 USER_END = (1 << 57) - 4096  # of user space with five-level page tables
@@ -103,6 +105,17 @@ def check_needs(needs: Needs) -> None:
         _check_kfd_needs(kfd)
 
 
+def check_facts(facts: Facts) -> None:
+    """What preflight is to look for here. Raises PeerNonsense."""
+    names = [fact.path for fact in (*facts.files, *facts.alike)]
+    names += [*facts.labels, *facts.cgroups]
+    _want(len(names) <= MAX_FACTS, f"{len(names)} facts")
+    _want(len(facts.ids) <= MAX_PID, f"{len(facts.ids)} ids")
+    _want(all(0 < number <= MAX_PID for number in facts.ids), "a pid that is none")
+    _want(all(len(name) <= MAX_TEXT and "\0" not in name for name in names), "a name that is none")
+    _want(all(0 <= a.number <= U32 for a in (*facts.users, *facts.groups)), "a user that can't be")
+
+
 def _check_kfd_needs(kfd: KfdNeeds) -> None:
     _want(len(kfd.identities) <= MAX_DEVICES, f"{len(kfd.identities)} GPUs")
     _unique([user for user, _ in kfd.identities], "a user_gpu_id")
@@ -111,7 +124,7 @@ def _check_kfd_needs(kfd: KfdNeeds) -> None:
     _want(len(kfd.gpus) == len(kfd.identities), "a GPU twice")
     _want(set(kfd.vram) <= set(kfd.gpus), "VRAM on a GPU that the process does not see")
     _want(all(0 <= size <= MAX_OBJECT_SIZE for size in kfd.vram.values()), "a wrong VRAM size")
-    _want(kfd.priv_bo_size in BO_RECORDS, f"BO records of {kfd.priv_bo_size} bytes")
+    _want(kfd.priv_bo_size in (0, *BO_RECORDS), f"BO records of {kfd.priv_bo_size} bytes")
 
 
 def check_topology(topology: Topology) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from migrate.dataplane.messages import ObjectKind
@@ -23,7 +23,9 @@ from migrate.report import (
     End,
     Failure,
     GpuRow,
+    Notice,
     PeakMemory,
+    Prediction,
     Report,
     Round,
 )
@@ -95,6 +97,9 @@ class SourceFigures:
         self.rounds: list[Round] = []
         self.stats: list[RoundStats] = []
         self.predicted: float | None = None
+        self.prediction: Prediction | None = None
+        self.blockers: tuple[Failure, ...] = ()
+        self.warnings: tuple[Notice, ...] = ()
         self.gpu_map: GpuMap | None = None
         self.pending_packets = 0
         self.life = ""
@@ -105,6 +110,17 @@ class SourceFigures:
         self._sizes: dict[ObjectKind, int] = {}
         self._destination = DestinationFigures()
         self._parts: Downtime | None = None
+
+    def checked(
+        self,
+        prediction: Prediction,
+        blockers: tuple[Failure, ...],
+        warnings: tuple[Notice, ...],
+        user_gpu_ids: Mapping[int, int],
+    ) -> None:
+        """Preflight is over."""
+        self.prediction, self.blockers, self.warnings = prediction, blockers, warnings
+        self.user_gpu_ids = dict(user_gpu_ids)
 
     def sent(self, stats: RoundStats, orders: Sequence[ObjectOrder], *, frozen: bool) -> None:
         """One round is over."""
@@ -175,6 +191,9 @@ class SourceFigures:
             pending_packets=self.pending_packets,
             life=self.life,
             replayed=self.replayed,
+            prediction=self.prediction,
+            blockers=self.blockers,
+            warnings=self.warnings,
             chunks_verified=self._destination.chunks_verified,
             stream_resumes=self.stream_resumes,
             source_peak=peak,
@@ -212,16 +231,19 @@ class SourceFigures:
         return {name: size / total for name, size in sorted(raw.items())} if total else {}
 
     def _gpu_rows(self) -> tuple[GpuRow, ...]:
-        if self.gpu_map is None:
-            return ()
-        return tuple(
-            GpuRow(
-                user_gpu_id=self.user_gpu_ids.get(source, source),
-                source_gpu_id=source,
-                destination_gpu_id=destination,
-            )
-            for source, destination in self.gpu_map.pairs
+        return gpu_rows(self.gpu_map, self.user_gpu_ids)
+
+
+def gpu_rows(gpu_map: GpuMap | None, user_gpu_ids: Mapping[int, int]) -> tuple[GpuRow, ...]:
+    """The map as a report has it. *user_gpu_ids* by actual gpu_id at the source."""
+    return tuple(
+        GpuRow(
+            user_gpu_id=user_gpu_ids.get(source, source),
+            source_gpu_id=source,
+            destination_gpu_id=destination,
         )
+        for source, destination in (gpu_map.pairs if gpu_map is not None else ())
+    )
 
 
 def failure(error: MigrateError) -> Failure:

@@ -12,8 +12,31 @@ from typing import Protocol
 from migrate.model import GpuMap, Value
 from migrate.orchestrator.handover import Answer
 from migrate.orchestrator.plan import Needs, Options, RestoreOrder
+from migrate.preflight.facts import Facts
+from migrate.preflight.findings import Findings
 from migrate.report import DestinationFigures
 from migrate.topology.model import Topology
+
+
+class Session(Value):
+    """Where memory may be sent to."""
+
+    data_address: str
+    data_port: int
+    session_id: bytes
+    session_secret: bytes
+
+
+class Examined(Value):
+    """What the destination found. ``session`` takes a sample; None: it takes none.
+
+    ``clock``: seconds since 1970 over there; ``gpu_map`` None: see the blockers.
+    """
+
+    findings: Findings
+    gpu_map: GpuMap | None
+    clock: float
+    session: Session | None = None
 
 
 class Reservation(Value):
@@ -57,6 +80,20 @@ class Peer(Protocol):
     """One other agent."""
 
     name: str
+
+    def examine(
+        self,
+        engine: str,
+        needs: Needs,
+        topology: Topology,
+        options: Options,
+        facts: Facts,
+        sample: int,
+    ) -> Examined:
+        """Ask what speaks against it; a data session for *sample* bytes comes along.
+
+        Reserves and changes nothing. Raises AgentUnreachable, PermissionRefused and the like.
+        """
 
     def reserve(
         self, migration: str, engine: str, needs: Needs, topology: Topology, options: Options

@@ -25,6 +25,7 @@ class Options(Value):
     gpu_map: str = ""  # as the user typed it: OLD=NEW,...
     relax: tuple[str, ...] = ()
     hold_source: bool = False  # keep the frozen source until the copy was seen alive
+    ways_out: tuple[str, ...] = ()  # of blockers: see migrate.preflight.findings
     patience: float = 60.0  # seconds that streams may be cut, or a grant unanswered unreported
 
 
@@ -33,7 +34,7 @@ class KfdNeeds(Value):
 
     ``identities``: pairs of user_gpu_id and actual gpu_id. ``gpus``: actual gpu_ids at the
     source, visible to it. ``vram``: bytes by actual gpu_id. ``priv_bo_size``: bytes of a
-    BO record in private data (80 or 272).
+    BO record in private data (80 or 272), 0 if it could not be asked.
     """
 
     identities: tuple[tuple[int, int], ...]

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 from migrate.engine.seam import Survey
 from migrate.errors import (
     EngineUnsupported,
+    InsufficientDisk,
     InsufficientMemory,
+    KfdUnavailable,
     LayoutMismatch,
+    MigrateError,
+    MissingCapability,
     VisibleGpus,
 )
 from migrate.kfd.process import KfdCheckpoint
-from migrate.kfd.sysfs import busy_gpus, read_processes
+from migrate.kfd.sysfs import ProcessUsage, busy_gpus, read_processes
 from migrate.model import GpuMap
 from migrate.orchestrator.host import Host, available_memory
 from migrate.orchestrator.objects import private_data, refuse_svm
 from migrate.orchestrator.plan import KfdNeeds, Needs, Options
-from migrate.orchestrator.sharing import refuse_shared
+from migrate.orchestrator.sharing import refuse_shared, refuse_strangers
+from migrate.preflight.compare import compare, look
+from migrate.preflight.facts import Facts
+from migrate.preflight.findings import Finding, Findings
+from migrate.preflight.notes import LOW_MEMORY
 from migrate.topology.gpumap import parse_gpu_map
 from migrate.topology.match import PREFERENCES, error_of, match
 from migrate.topology.model import Topology
 
 # A process may allocate between the reservation and the freeze; more than that is refused.
 QUOTA_SLACK = 256 * 1024 * 1024
+DISK_RESERVE = 16 * 1024 * 1024  # bytes: records of a migration, and a log of its copy
+MEMORY_RESERVE = 512 * 1024 * 1024  # bytes that should be left to others
 
 
 def needs(survey: Survey, checkpoints: Sequence[KfdCheckpoint], options: Options) -> Needs:
-    """What the process needs over there, from a snapshot of its KFD state.
-
-    Raises SvmUnsupported, SharedBuffer.
-    """
-    refuse_shared(checkpoints)
+    """What the process needs over there, from a snapshot of its KFD state."""
     contents = sum(b.size for c in checkpoints for b in c.bos if b.has_contents)
     staging = contents + survey.cpu_bytes
     del options  # without pre-copy the last round still waits in staging
@@ -44,7 +52,6 @@ def needs(survey: Survey, checkpoints: Sequence[KfdCheckpoint], options: Options
 
 def _kfd_needs(checkpoint: KfdCheckpoint) -> KfdNeeds:
     private = private_data(checkpoint)
-    refuse_svm(private)
     actual = {d.user_gpu_id: d.actual_gpu_id for d in checkpoint.devices}
     vram = dict.fromkeys(actual.values(), 0)
     for bo in checkpoint.bos:
@@ -58,27 +65,107 @@ def _kfd_needs(checkpoint: KfdCheckpoint) -> KfdNeeds:
     )
 
 
-def check_room(host: Host, engine: str, wanted: Needs, options: Options) -> None:
-    """What does not hang on the GPU map. Raises EngineUnsupported, InsufficientMemory ..."""
+def estimated_needs(survey: Survey, usages: Sequence[ProcessUsage], bo_record_size: int) -> Needs:
+    """The same from sysfs, for a process that can't be stopped to be asked."""
+    return Needs(
+        processes=tuple(
+            KfdNeeds(
+                identities=tuple((gpu, gpu) for gpu, _ in usage.vram),
+                gpus=tuple(gpu for gpu, _ in usage.vram),
+                vram=dict(usage.vram),
+                priv_bo_size=bo_record_size,
+            )
+            for usage in usages
+        ),
+        memory=sum(size for usage in usages for _, size in usage.vram) + 2 * survey.cpu_bytes,
+        quota=QUOTA_SLACK,
+    )
+
+
+def refused_objects(
+    host: Host, topology: Topology, pid: int, checkpoints: Sequence[KfdCheckpoint]
+) -> Iterator[MigrateError]:
+    """GPU objects of the tree of *pid* that no destination could take, all of them."""
+    for refuse in (
+        *(partial(_refuse_svm, checkpoint) for checkpoint in checkpoints),
+        partial(refuse_shared, checkpoints),
+        partial(refuse_strangers, host.paths, topology, pid, checkpoints),
+    ):
+        try:
+            refuse()
+        except MigrateError as error:
+            yield error
+
+
+def _refuse_svm(checkpoint: KfdCheckpoint) -> None:
+    refuse_svm(private_data(checkpoint))
+
+
+def check_room(host: Host, engine: str, wanted: Needs) -> None:
+    """Raises the first of ``lacking``."""
+    for error in lacking(host, engine, wanted):
+        raise error
+
+
+def lacking(host: Host, engine: str, wanted: Needs) -> Iterator[MigrateError]:
+    """What this host lacks and does not hang on the GPU map, all of it."""
     if engine != host.engine.name:
-        raise EngineUnsupported(
+        yield EngineUnsupported(
             f"the source's process engine is {engine}, the destination's is {host.engine.name}",
             advice="Configure the same engine on both agents.",
         )
     free = available_memory()
     if free < wanted.memory:
-        raise InsufficientMemory(
+        yield InsufficientMemory(
             f"{wanted.memory} bytes of host memory are needed for staging and CPU memory,"
             f" {free} are available on {host.name}"
         )
-    sizes = {k.priv_bo_size for k in wanted.processes}
-    here = host.bo_record_size
-    if sizes - {here}:
-        raise LayoutMismatch(
-            f"the source's kernel uses BO records of {sorted(sizes)} bytes,"
-            f" {host.name}'s uses {here}"
+    try:
+        sizes, here = {k.priv_bo_size for k in wanted.processes} - {0}, host.bo_record_size
+        if sizes - {here}:
+            yield LayoutMismatch(
+                f"the source's kernel uses BO records of {sorted(sizes)} bytes,"
+                f" {host.name}'s uses {here}"
+            )
+    except (KfdUnavailable, MissingCapability) as error:
+        yield error
+    yield from cramped(host)
+
+
+def cramped(host: Host) -> Iterator[MigrateError]:
+    """A run directory without room for the journal's records of a migration."""
+    try:
+        left = os.statvfs(host.paths.run)
+    except OSError:
+        return  # a journal in memory
+    free = left.f_bavail * left.f_frsize
+    if free < DISK_RESERVE:
+        yield InsufficientDisk(
+            f"{host.name} has {free} bytes left for {host.paths.run}, {DISK_RESERVE} are needed"
         )
-    del options
+
+
+def examine(
+    host: Host, engine: str, wanted: Needs, topology: Topology, options: Options, facts: Facts
+) -> tuple[Findings, GpuMap | None]:
+    """Everything that speaks against this host as the destination, at once."""
+    found = [Finding.of(error) for error in lacking(host, engine, wanted)]
+    gpu_map = None
+    try:
+        gpu_map = choose_map(host, topology, wanted, options)
+    except MigrateError as error:
+        found.append(Finding.of(error))
+    findings = Findings(blockers=tuple(found), warnings=tuple(_tight(host, wanted)))
+    return findings + compare(facts, look(facts), host.name), gpu_map
+
+
+def _tight(host: Host, wanted: Needs) -> Iterator[Finding]:
+    free = available_memory()
+    if wanted.memory <= free < wanted.memory + MEMORY_RESERVE:
+        yield LOW_MEMORY.finding(
+            f"{wanted.memory} of the {free} bytes of host memory that {host.name} has left will be"
+            " in use"
+        )
 
 
 def choose_map(host: Host, source: Topology, wanted: Needs, options: Options) -> GpuMap:

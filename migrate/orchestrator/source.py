@@ -7,6 +7,7 @@ told. After GRANTED nothing here decides any more: see handover.py.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,17 +23,16 @@ from migrate.errors import (
     Cancelled,
     ConnectedSockets,
     DowntimeExceeded,
-    EngineUnsupported,
     MigrateError,
     MigrationFailed,
     NoSuchProcess,
     ProcessExited,
     TakenBack,
-    by_reason,
 )
 from migrate.kfd.process import Checkpointed, KfdCheckpoint, KfdProcess
 from migrate.model import GpuMap
-from migrate.orchestrator import convergence, preflight
+from migrate.orchestrator import convergence
+from migrate.orchestrator.checking import Examination, Preflight, Stopped
 from migrate.orchestrator.convergence import Decision, Policy
 from migrate.orchestrator.figures import SourceFigures, unanswered_error
 from migrate.orchestrator.handover import (
@@ -50,7 +50,7 @@ from migrate.orchestrator.objects import ObjectTable, opened
 from migrate.orchestrator.peer import Peer, Reservation
 from migrate.orchestrator.plan import Activity, ObjectOrder, Options, RestoreOrder
 from migrate.orchestrator.rings import pending_packets
-from migrate.orchestrator.sharing import refuse_shared, refuse_strangers
+from migrate.orchestrator.sharing import refuse_shared
 from migrate.orchestrator.source_handover import (
     SourceSide,
     given_back,
@@ -62,6 +62,7 @@ from migrate.report import Report
 from migrate.status import Owner, SourceState, Status
 
 HELD_BACK = 0.1  # seconds that a slowed workload stands, as long as it then runs
+CHECK_PATIENCE = 1.0  # seconds that the link may be broken while only a sample is sent
 ENDING = 5.0  # seconds that a killed process may take to be gone
 SenderFactory = Callable[[str, Reservation, Options], Sender]
 
@@ -109,6 +110,7 @@ class SourceMigration:
             stop=self.stop,
             cancel=self.cancel,
         )
+        self.known: Sequence[Report] = ()  # of earlier migrations to the same host
         self._objects = ObjectTable()
         self._sent_before: set[int] = set()
         self._policy = Policy(
@@ -284,25 +286,15 @@ class SourceMigration:
         self.side.record(SourceState.SETUP)
         faults.point("source.setup")
         self.narrator.enter("setup", Status.SETUP)
-        if self.survey.blockers:
-            first = self.survey.blockers[0]
-            raise by_reason(first.reason)(first.message, advice=first.advice)
-        if not self.survey.kfd_processes:
-            raise EngineUnsupported(f"process {self.process.pid} has no KFD state")
-        self._refuse_connections()
-        topology = self.host.topology()
-        with self._snapshot() as stopped:
-            self._first_look = take_look(self.process, stopped.checkpoints, self.host.clock)
-            self.figures.user_gpu_ids = {
-                device.actual_gpu_id: device.user_gpu_id
-                for checkpointed in stopped.checkpoints
-                for device in checkpointed.checkpoint.devices
-            }
-            found = [c.checkpoint for c in stopped.checkpoints]
-            needs = preflight.needs(self.survey, found, self.options)
-            refuse_strangers(self.host.paths, topology, self.process.pid, found)
+        examination = Examination(self.host, self.peer, self.survey, self.options, self.known)
+        found = examination.run(self._snapshot, self._look, self.options.patience)
+        self.figures.checked(
+            found.prediction, found.blockers(), found.warnings(), found.user_gpu_ids
+        )
+        self._checkpoint_cancel()
+        found.refuse()
         reservation = self.peer.reserve(
-            self.id, self.host.engine.name, needs, topology, self.options
+            self.id, self.host.engine.name, found.needs, found.topology, self.options
         )
         faults.point("source.reserved")
         self._reservation = reservation
@@ -314,6 +306,9 @@ class SourceMigration:
         found = self.host.connected_sockets(self.process) if self.options.hold_source else ()
         if found:
             raise ConnectedSockets(f"--hold-source, and there are connections: {'; '.join(found)}")
+
+    def _look(self, stopped: Stopped) -> None:
+        self._first_look = take_look(self.process, stopped.checkpoints, self.host.clock)
 
     def _precopy(self) -> None:
         """Rounds over live memory until stopping is cheap, or no longer gets cheaper."""
@@ -530,6 +525,25 @@ class SourceMigration:
         return self._reservation.gpu_map
 
 
+def check(
+    host: Host, peer: Peer, process: Survey, options: Options, known: Sequence[Report]
+) -> Preflight:
+    """Preflight alone. Raises NoSuchProcess, ProcessExited, BrokenTopology, JournalUnusable."""
+    name = f"check-{secrets.token_hex(8)}"
+
+    def stop() -> _Stopped:
+        # A record, so that whoever comes after us can start the queues again.
+        host.journal.append(name, "check", process.process)
+        note_pausing(host.journal, name)
+        try:
+            return _Stopped(host.engine.snapshot(process.process, _checkpoint_and_unpause))
+        finally:
+            note_unpaused(host.journal, name)
+
+    examination = Examination(host, peer, process, options, known)
+    return examination.run(stop, lambda _stopped: None, CHECK_PATIENCE)
+
+
 class _Stopped:
     """Checkpoints with their dmabufs, closed at the end of the block."""
 
@@ -567,3 +581,9 @@ def _checkpoint_and_unpause(kfd: Sequence[KfdProcess]) -> list[Checkpointed]:
     finally:
         for process in kfd:
             process.unpause_if_paused()
+
+
+def unpause(kfd: Sequence[KfdProcess]) -> None:
+    """A visitor that starts the queues that are paused, of whoever paused them."""
+    for process in kfd:
+        process.unpause_if_paused()

@@ -20,7 +20,7 @@ from migrate.preflight import files
 from migrate.preflight.collect import group, user
 from migrate.preflight.cpu import read_cpu
 from migrate.preflight.facts import Account, Cpu, Facts, FileFact
-from migrate.preflight.findings import COPY_FILE, PIDNS, Finding, Findings
+from migrate.preflight.findings import PIDNS, Finding, Findings
 from migrate.preflight.notes import CGROUP_PATH, FILE_OTHER
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -103,7 +103,7 @@ def _files(facts: Facts, here: Here, host: str) -> Iterator[Finding]:
     for wanted in facts.files:
         error = _difference(wanted, found.get(wanted.path), host)
         if error is not None:
-            yield Finding.of(error, *(() if wanted.folder else (f"{COPY_FILE}={wanted.path}",)))
+            yield Finding.of(error)
 
 
 def _difference(wanted: FileFact, there: FileFact | None, host: str) -> MigrateError | None:
@@ -115,9 +115,8 @@ def _difference(wanted: FileFact, there: FileFact | None, host: str) -> MigrateE
     if wanted.folder or not wanted.contents:
         return None
     if wanted.written:
-        same = (wanted.inode, wanted.size) == (there.inode, there.size)
-        if same and wanted.modified == there.modified:
-            return None  # a shared file system
+        if (wanted.storage, wanted.inode) == (there.storage, there.inode):
+            return None  # it is the very same
         return FileDiffers(
             f"{wanted.path} is being written by the process and is another file on {host}"
         )

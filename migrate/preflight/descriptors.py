@@ -7,6 +7,8 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 
+import msgspec
+
 from migrate.errors import ForeignProcess, NoSuchProcess
 from migrate.kfd.file import find_kfd_fds
 from migrate.kfd.guards import render_minor
@@ -53,23 +55,27 @@ def descriptors(pids: Sequence[int], paths: HostPaths) -> tuple[Descriptor, ...]
 
 def _of_process(pid: int, paths: HostPaths) -> Iterator[Descriptor]:
     folder = f"/proc/{pid}/fd"
-    kfd = frozenset(find_kfd_fds(pid, paths))
     try:
         numbers = sorted(int(name) for name in os.listdir(folder))
     except PermissionError as error:
         raise ForeignProcess(f"process {pid}: its files can't be listed") from error
     except OSError as error:
         raise NoSuchProcess(f"no process {pid}") from error
+    found = []
     for number in numbers:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            yield _descriptor(pid, number, number in kfd)
+            found.append(_descriptor(pid, number))
+    # Asked last: one that is opened meanwhile is not among the others.
+    kfd = frozenset(find_kfd_fds(pid, paths))
+    for descriptor in found:
+        yield msgspec.structs.replace(descriptor, gpu=descriptor.gpu or descriptor.number in kfd)
 
 
-def _descriptor(pid: int, number: int, kfd: bool) -> Descriptor:
+def _descriptor(pid: int, number: int) -> Descriptor:
     seen = os.stat(f"/proc/{pid}/fd/{number}")
-    gpu = kfd
+    gpu = False
     with contextlib.suppress(OSError):
-        gpu = gpu or render_minor(pid, number) is not None
+        gpu = render_minor(pid, number) is not None
     return Descriptor(
         pid=pid,
         number=number,

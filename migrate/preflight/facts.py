@@ -11,14 +11,14 @@ class FileFact(Value):
 
     ``identity``: "build-id:HEX" of an ELF file, "xxh3:HEX" of samples of another one's
     bytes, empty if the contents do not count (it is being written, or can't be read).
-    ``contents`` False: it only has to exist. ``inode`` and ``modified`` (nanoseconds) tell a
-    shared file system from two alike.
+    ``contents`` False: it only has to exist. ``storage``, of a written one: its file system,
+    as both hosts would name it if they share it.
     """
 
     path: str
     size: int
     inode: int = 0
-    modified: int = 0
+    storage: str = ""
     identity: str = ""
     folder: bool = False
     contents: bool = True

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 
+from migrate.engine import procfs
 from migrate.preflight.descriptors import Descriptor
 from migrate.preflight.facts import FileFact
 from migrate.preflight.identity import identity
@@ -14,6 +15,10 @@ from migrate.preflight.local import deleted
 from migrate.preflight.mappings import Mapping
 
 SHARED_MEMORY = "/dev/shm/"  # noqa: S108 - POSIX shared memory and semaphores, tmpfs
+# File systems whose inodes are the same on every host that has them mounted.
+_NETWORK = frozenset(
+    ("nfs", "nfs4", "ceph", "lustre", "gpfs", "beegfs", "gfs2", "ocfs2", "9p", "virtiofs", "fuse")
+)
 # File systems that every host makes up itself.
 _KERNEL = ("/proc/", "/sys/", "/dev/pts/", "/dev/hugepages/")
 
@@ -53,7 +58,7 @@ def named(paths: Iterable[str]) -> tuple[FileFact, ...]:
 def here(wanted: Iterable[FileFact]) -> Iterator[FileFact]:
     """What this host has under the paths of *wanted*: those that it has."""
     for fact in wanted:
-        found = _fact(fact.path, fact.path, not fact.identity)
+        found = _fact(fact.path, fact.path, fact.written, contents=bool(fact.identity))
         if found is not None:
             yield found
 
@@ -63,7 +68,7 @@ def _apart(descriptor: Descriptor) -> bool:
     return deleted(descriptor) or descriptor.link.startswith(("/memfd:", "/anon_hugepage"))
 
 
-def _fact(path: str, through: str, written: bool) -> FileFact | None:
+def _fact(path: str, through: str, written: bool, *, contents: bool = True) -> FileFact | None:
     try:
         kind = os.stat(through).st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
@@ -75,7 +80,8 @@ def _fact(path: str, through: str, written: bool) -> FileFact | None:
         return _unread(path, path, written) if through != path else None
     try:
         seen = os.fstat(fd)
-        return _made(path, seen, written, "" if written else _identity(fd, seen))
+        wanted = contents and not written
+        return _made(path, seen, written, _identity(fd, seen) if wanted else "")
     finally:
         os.close(fd)
 
@@ -94,11 +100,27 @@ def _made(path: str, seen: os.stat_result, written: bool, found: str) -> FileFac
         path=path,
         size=0 if folder else seen.st_size,
         inode=seen.st_ino,
-        modified=0 if folder else seen.st_mtime_ns,
+        storage=storage(seen.st_dev) if written else "",
         identity=found,
         folder=folder,
         written=written,
     )
+
+
+def storage(device: int) -> str:
+    """The file system of *device* (st_dev): "nfs4" and the like, or "local" of this boot.
+
+    An inode of a network file system is the same on every host, one of a local disk means
+    nothing elsewhere: two hosts made of one image have the same numbers.
+    """
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+        for line in mounts:
+            before, _, after = line.partition(" - ")
+            kind = after.split(" ", 1)[0]
+            if before.split()[2] == wanted and kind.split(".")[0] in _NETWORK:
+                return kind
+    return f"local {procfs.boot_id()}"
 
 
 def _identity(fd: int, seen: os.stat_result) -> str:

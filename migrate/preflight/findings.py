@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from migrate.errors import MigrateError
 from migrate.model import Value
 
@@ -11,8 +9,7 @@ from migrate.model import Value
 TCP_CLOSE = "tcp-close"
 TCP_ESTABLISHED = "tcp-established"
 PIDNS = "pidns"
-COPY_FILE = "copy-file"
-WAYS_OUT = (TCP_CLOSE, TCP_ESTABLISHED, PIDNS, COPY_FILE)
+WAYS_OUT = (TCP_CLOSE, TCP_ESTABLISHED, PIDNS)
 
 
 class Finding(Value):
@@ -41,12 +38,4 @@ class Findings(Value):
     def __add__(self, other: Findings) -> Findings:
         return Findings(
             blockers=self.blockers + other.blockers, warnings=self.warnings + other.warnings
-        )
-
-    def lifted(self, chosen: Iterable[str]) -> Findings:
-        """Without what the *chosen* ways out lift."""
-        ways = frozenset(chosen)
-        return Findings(
-            blockers=tuple(b for b in self.blockers if not ways & set(b.unless)),
-            warnings=self.warnings,
         )

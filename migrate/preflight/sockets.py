@@ -7,10 +7,12 @@ changes it. Which UNIX sockets are connected to which only sock_diag(7) tells.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import stat
 import struct
+import time
 from collections.abc import Iterator, Sequence
 
 from migrate.errors import MigrateError, TcpEstablished, UnsupportedSocket
@@ -18,14 +20,32 @@ from migrate.kfd.file import steal_fd
 from migrate.preflight.descriptors import Descriptor
 from migrate.preflight.findings import TCP_CLOSE, TCP_ESTABLISHED, Finding
 
+AGAIN = 0.05  # seconds
 _INTERNET = frozenset({socket.AF_INET, socket.AF_INET6})
 _UDPLITE = 136  # IPPROTO_UDPLITE
 _DATAGRAMS = frozenset({socket.IPPROTO_UDP, socket.IPPROTO_ICMP, socket.IPPROTO_ICMPV6, _UDPLITE})
 _TCP_CLOSE, _TCP_LISTEN = 7, 10  # net/tcp_states.h
 
 
-def sockets(found: Sequence[Descriptor]) -> Iterator[Finding]:
-    """What speaks against moving the sockets among *found*, which is all of the tree's fds."""
+def sockets(found: Sequence[Descriptor]) -> list[Finding]:
+    """What speaks against moving the sockets among *found*, which is all of the tree's fds.
+
+    One that is gone AGAIN seconds later was a request under way, and is not told of.
+    """
+    suspects = list(_suspects(found))
+    if suspects:
+        time.sleep(AGAIN)
+    return [finding for descriptor, finding in suspects if _is_there(descriptor)]
+
+
+def _is_there(descriptor: Descriptor) -> bool:
+    try:
+        return os.stat(descriptor.path).st_ino == descriptor.inode
+    except OSError:
+        return False
+
+
+def _suspects(found: Sequence[Descriptor]) -> Iterator[tuple[Descriptor, Finding]]:
     ours = {d.inode for d in found if stat.S_ISSOCK(d.mode)}
     peers: dict[int, int] | None = None
     seen: set[int] = set()
@@ -38,18 +58,16 @@ def sockets(found: Sequence[Descriptor]) -> Iterator[Finding]:
                 peers = unix_peers() if peers is None else peers
                 peer = peers.get(descriptor.inode)
                 if peer and peer not in ours:
-                    yield Finding.of(
-                        UnsupportedSocket(
-                            f"{descriptor.name} is connected to a UNIX socket of a process that"
-                            " is not moved with it"
-                        )
-                    )
+                    kind = socket.SocketKind(asked.type).name
+                    text = f"is a {kind} connected to a process that is not moved with it"
+                    error = UnsupportedSocket(f"{descriptor.name} {text}")
+                    yield descriptor, Finding.of(error)
                 continue
-            error = _unsupported(descriptor.name, asked)
-            if isinstance(error, TcpEstablished):
-                yield Finding.of(error, TCP_CLOSE, TCP_ESTABLISHED)
-            elif error is not None:
-                yield Finding.of(error)
+            found_wrong = _unsupported(descriptor.name, asked)
+            if isinstance(found_wrong, TcpEstablished):
+                yield descriptor, Finding.of(found_wrong, TCP_CLOSE, TCP_ESTABLISHED)
+            elif found_wrong is not None:
+                yield descriptor, Finding.of(found_wrong)
 
 
 def _duplicate(descriptor: Descriptor) -> socket.socket:

@@ -13,8 +13,17 @@ from migrate.errors import MigrateError, PeerLost, ProtocolMismatch
 from migrate.inventory import TlsFiles, split_address
 from migrate.model import GpuMap
 from migrate.orchestrator.handover import Answer
-from migrate.orchestrator.peer import GrantReply, PeerState, PreparedReply, Reservation
+from migrate.orchestrator.peer import (
+    Examined,
+    GrantReply,
+    PeerState,
+    PreparedReply,
+    Reservation,
+    Session,
+)
 from migrate.orchestrator.plan import PROTOCOL, Needs, Options, RestoreOrder
+from migrate.preflight.facts import Facts
+from migrate.preflight.findings import Findings
 from migrate.report import DestinationFigures
 from migrate.rpc import tls
 from migrate.rpc.errors import translated
@@ -51,6 +60,43 @@ class GrpcPeer:
         self._source_address = source_address
         self._store_id = store_id
         self._channel: grpc.Channel | None = None
+
+    def examine(
+        self,
+        engine: str,
+        needs: Needs,
+        topology: Topology,
+        options: Options,
+        facts: Facts,
+        sample: int,
+    ) -> Examined:
+        """Ask what speaks against it. Raises AgentUnreachable, CertificateRejected ..."""
+        self.close()
+        self._channel = tls.connect(self.address, self.name, self._files)
+        request = peer_pb2.ExamineRequest(
+            protocol=PROTOCOL,
+            engine=engine,
+            needs=msgspec.json.encode(needs),
+            topology=msgspec.json.encode(topology),
+            options=msgspec.json.encode(options),
+            facts=msgspec.json.encode(facts),
+            sample=sample,
+        )
+        with self._lost():
+            reply = self._stub().Examine(request, timeout=3 * SHORT)
+        host, _ = split_address(self.address)
+        session = Session(
+            data_address=reply.data_host or host,
+            data_port=reply.data_port,
+            session_id=reply.session_id,
+            session_secret=reply.session_secret,
+        )
+        return Examined(
+            findings=_decoded(reply.findings, Findings),
+            gpu_map=_decoded(reply.gpu_map, GpuMap) if reply.gpu_map else None,
+            clock=reply.clock,
+            session=session if reply.session_id else None,
+        )
 
     def reserve(
         self, migration: str, engine: str, needs: Needs, topology: Topology, options: Options

@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from migrate.errors import MigrateError, PeerLost
 from migrate.orchestrator.destination import SourceRecord
 from migrate.orchestrator.handover import Answer
-from migrate.orchestrator.peer import GrantReply, PeerState, PreparedReply, Reservation
+from migrate.orchestrator.peer import (
+    Examined,
+    GrantReply,
+    PeerState,
+    PreparedReply,
+    Reservation,
+)
 from migrate.orchestrator.plan import Needs, Options, RestoreOrder
+from migrate.preflight.facts import Facts
 from migrate.report import DestinationFigures
 from migrate.topology.model import Topology
 from scenarios.simulate.scheduler import Task
@@ -70,6 +77,26 @@ class SimulatedPeer:
         self.agent = agent
 
     # ------------------------------------------------------------ the calls
+
+    def examine(
+        self,
+        engine: str,
+        needs: Needs,
+        topology: Topology,
+        options: Options,
+        facts: Facts,
+        sample: int,
+    ) -> Examined:
+        """See Peer. A simulated host takes no sample."""
+        del sample
+        caller = self.agent.node.name
+        return self._call(
+            "Examine",
+            LONG,
+            lambda there: there.destinations.examine(
+                caller, engine, needs, topology, options, facts, 0
+            ),
+        )
 
     def reserve(
         self, migration: str, engine: str, needs: Needs, topology: Topology, options: Options

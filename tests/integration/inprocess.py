@@ -21,9 +21,17 @@ from migrate.model import ProcessRef
 from migrate.orchestrator.destination import DestinationMigration, SourceRecord
 from migrate.orchestrator.handover import Answer, SourceHandover
 from migrate.orchestrator.host import Host
-from migrate.orchestrator.peer import GrantReply, Peer, PeerState, PreparedReply, Reservation
+from migrate.orchestrator.peer import (
+    Examined,
+    GrantReply,
+    Peer,
+    PeerState,
+    PreparedReply,
+    Reservation,
+)
 from migrate.orchestrator.plan import Needs, Options, RestoreOrder
 from migrate.orchestrator.source import SourceMigration
+from migrate.preflight.facts import Facts
 from migrate.report import DestinationFigures, PeakMemory, Report
 from migrate.topology.model import Topology
 from tests.integration import engine_rig
@@ -60,6 +68,18 @@ class Direct:
 
     def copy(self, migration: str) -> DestinationMigration:
         return self.there.all.get(migration)
+
+    def examine(
+        self,
+        engine: str,
+        needs: Needs,
+        topology: Topology,
+        options: Options,
+        facts: Facts,
+        sample: int,
+    ) -> Examined:
+        del sample  # its streams are the test's
+        return self.there.all.examine(self._source.name, engine, needs, topology, options, facts, 0)
 
     def reserve(
         self, migration: str, engine: str, needs: Needs, topology: Topology, options: Options

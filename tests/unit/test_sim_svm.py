@@ -17,7 +17,7 @@ from migrate.kfd.file import map_file
 from migrate.kfd.process import KfdProcess
 from migrate.model import ProcessRef
 from migrate.orchestrator import preflight
-from migrate.orchestrator.objects import ObjectTable
+from migrate.orchestrator.objects import ObjectTable, private_data, refuse_svm
 from migrate.orchestrator.plan import Options
 from tests.conformance import image as raw
 from tests.conformance.hosts import Child, Host, Link, simulated_host
@@ -154,7 +154,8 @@ def test_a_process_with_svm_ranges_is_refused(node: Host) -> None:
         cpu_bytes=0,
     )
     with pytest.raises(SvmUnsupported, match=f"3 SVM ranges, the first at {FIRST * PAGE:#x}"):
-        preflight.needs(survey, [checkpoint], Options())
+        refuse_svm(private_data(checkpoint))
+    assert preflight.needs(survey, [checkpoint], Options()).processes  # the rest is asked, too
     with pytest.raises(SvmUnsupported):
         ObjectTable().bos(0, checkpoint)
 

@@ -1,0 +1,109 @@
+"""What a migration will cost, before anything is moved: pure functions.
+
+The rounds of pre-copy are played through with the figures of the sample, by the same
+function that decides on the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from migrate.orchestrator.convergence import Costs, Decision, Policy, decide, predict
+from migrate.orchestrator.figures import FIXED_GUESS, PLACEMENT_GUESS
+from migrate.orchestrator.plan import Options
+from migrate.orchestrator.sampling import Sample
+from migrate.report import Prediction, Report, Round
+
+RATE_GUESS = 200e6  # bytes a second, where nothing was ever measured
+SETUP = 0.5  # seconds before the first round
+MAX_HISTORY = 20  # reports looked at
+
+
+class Known:
+    """What earlier migrations to the same host tell, newest first; else guesses."""
+
+    def __init__(self, reports: Sequence[Report] = (), *, snapshot: float = 0.0) -> None:
+        """*snapshot*: seconds that stopping and checkpointing the process took just now."""
+        done = [r for r in reports[:MAX_HISTORY] if r.downtime is not None and r.rounds]
+        self.placement, self.fixed, self.rate = PLACEMENT_GUESS, FIXED_GUESS, RATE_GUESS
+        self.fixed += snapshot
+        if not done:
+            return
+        last = done[0]
+        down = last.downtime
+        assert down is not None
+        size = last.rounds[-1].scanned
+        if down.placement + down.read_back > 0 and size:
+            self.placement = size / (down.placement + down.read_back)
+        self.fixed = down.stop + down.checkpoint + down.build + down.engine + down.handover
+        self.rate = last.rounds[0].scanned / max(last.rounds[0].seconds, 1e-6)
+
+
+def estimate(
+    contents: int, cpu: int, sample: Sample | None, known: Known, options: Options
+) -> Prediction:
+    """*contents*: bytes of GPU buffers, *cpu*: of CPU memory, which waits for the freeze."""
+    rate = sample.rate if sample is not None else known.rate
+    ratio = sample.ratio if sample is not None else 1.0
+    if options.bandwidth is not None:
+        rate = min(rate, options.bandwidth / max(ratio, 1e-6))
+    costs = Costs(placement=known.placement, fixed=known.fixed)
+    if not options.precopy:
+        downtime = costs.fixed + (contents + cpu) / rate + (contents + cpu) / costs.placement
+        seconds, moved = SETUP + downtime, contents + cpu
+    else:
+        rounds, downtime = _rounds(contents, rate, sample, costs, options)
+        downtime += cpu / rate + cpu / costs.placement
+        seconds = SETUP + sum(r.seconds for r in rounds) + downtime
+        moved = sum(r.changed for r in rounds) + rounds[-1].changed + cpu
+        if len(rounds) == 1:  # the final round sends what changed in the first
+            moved = contents + _changed(contents, rounds[0].seconds, sample) + cpu
+    return Prediction(
+        seconds=seconds,
+        downtime=downtime,
+        wire=int(moved * ratio),
+        sampled=sample.size if sample is not None else 0,
+        rate=rate,
+        ratio=ratio,
+        zero=sample.zero / sample.size if sample is not None else 0.0,
+        dirty=sample.dirty if sample is not None else 0.0,
+        interval=sample.interval if sample is not None else 0.0,
+    )
+
+
+def _rounds(
+    contents: int, rate: float, sample: Sample | None, costs: Costs, options: Options
+) -> tuple[list[Round], float]:
+    """The rounds as they would be, and the downtime after them."""
+    look = max(sample.look_rate, rate) if sample is not None else rate
+    rounds: list[Round] = []
+    changed, seconds = contents, contents / rate
+    while True:
+        rounds.append(_round(len(rounds) + 1, contents, changed, seconds))
+        # Slowed down it would write less: nobody knows how much less.
+        policy = Policy(max_downtime=options.max_downtime, max_rounds=options.max_rounds)
+        if decide(rounds, costs, policy).decision is Decision.STOP_AND_COPY:
+            return rounds, predict(rounds, costs)
+        changed = _changed(contents, seconds, sample)
+        seconds = contents / look + changed / rate
+
+
+def _changed(contents: int, seconds: float, sample: Sample | None) -> int:
+    """Bytes that the process writes anew within *seconds*: each chunk by the same chance."""
+    if sample is None or sample.interval <= 0:
+        return 0
+    return int(contents * (1 - (1 - sample.dirty) ** (seconds / sample.interval)))
+
+
+def _round(number: int, scanned: int, changed: int, seconds: float) -> Round:
+    return Round(
+        number=number,
+        frozen=False,
+        objects=0,
+        scanned=scanned,
+        changed=changed,
+        zero=0,
+        unchanged=scanned - changed,
+        wire=0,
+        seconds=seconds,
+    )

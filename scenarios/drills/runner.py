@@ -60,6 +60,7 @@ class Play:
         self._key = secrets.token_hex(8)
         self._command: subprocess.Popen[bytes] | None = None
         self._before: set[str] = set()
+        self.kernel_before: dict[str, int] = {}  # characters of each kernel's log at the start
 
     def run(self) -> Outcome:
         """Play it, clear up, and tell."""
@@ -76,6 +77,9 @@ class Play:
             offsets = {side: stage.log_size(side) for side in stage.sides}
             if drill.hangs:
                 arm(stage.sides["destination"].host.root, Fault.RESUME_DEAD)
+            self.kernel_before = {
+                name: len(side.kernel_log.read_text()) for name, side in stage.sides.items()
+            }
             self._start_job()
             looks = Watch(self.log)
             looks.start()

@@ -40,6 +40,11 @@ class Side:
         return self.host.root / "run" / "journal.db"
 
     @property
+    def kernel_log(self) -> Path:
+        """What the node would have logged, or oopsed with: of all drills of the stage."""
+        return self.host.root / "run" / "kernel.log"
+
+    @property
     def agent(self) -> subprocess.Popen[bytes]:
         """The agent's process."""
         assert self.host.agent is not None

@@ -23,7 +23,7 @@ from migrate.errors import MigrationFailed
 from migrate.model import HostPaths
 from scenarios.cluster import AgentSetup, Cluster, SimulatedHost
 
-PATIENCE = 300.0  # seconds; emulated hosts are slow
+PATIENCE = 900.0  # seconds; emulated hosts on a busy machine are slow
 MOVED_BUFFERS = 6  # that the program has filled before it is moved, and again afterwards
 
 

@@ -56,3 +56,19 @@ def test_doctor_sees_the_cards_and_both_rates(shared_host: SharedHost) -> None:
     assert len(sides) == 4
     assert all(status[name] in ("ok", "warn") for name in sides)
     assert status["kfd"] == status["private_data"] == "ok"
+
+
+def test_a_program_moves_with_its_vram_by_sdma_alone(
+    shared_host: SharedHost, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host = shared_host(HostSpec(name="a"))
+    conformance.install_project(host)
+    said = host.ssh("cd /opt/project && python3 -m scenarios.loopback --vram-access sdma || true")
+    result = json.loads(said)
+    with capsys.disabled():
+        print(
+            f"\nloop-back by {result['vram_access']}: {result['buffers_checked']} buffers checked"
+        )
+    assert result["exit_code"] == 0, result
+    assert result["contents_right"]
+    conformance.check_kernel(host)

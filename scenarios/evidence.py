@@ -67,11 +67,27 @@ def lab() -> dict[str, Any]:
     return {"ok": done.returncode == 0 and "skipped" not in last[0], "pytest": last[0]}
 
 
+def bench(module: str, *arguments: str) -> dict[str, Any]:
+    """A benchmark of its own command line, whose JSON and exit code count."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True, check=False
+    )
+    ok = done.returncode == 0
+    return {"ok": ok, "exit_code": done.returncode, "result": msgspec.json.decode(done.stdout)}
+
+
+BENCHMARKS = str(Path(__file__).resolve().parents[1] / "docs" / "benchmarks")
+DATAPLANE = "scenarios.bench.dataplane"
+
 FIGURES: dict[str, Callable[[], dict[str, Any]]] = {
     "demo": lambda: demo("256MiB"),
     "demo-4gib": lambda: demo("4GiB"),
     "moments": at_any_moment,
     "lab": lab,
+    "throughput": lambda: bench(DATAPLANE, "--only", "rivals", "--folder", BENCHMARKS),
+    "codecs": lambda: bench(DATAPLANE, "--only", "codecs", "--folder", BENCHMARKS),
+    "downtime": lambda: bench("scenarios.bench.downtime", "--folder", BENCHMARKS),
+    "cuts": lambda: bench("scenarios.bench.cuts", "--cuts", "1000", "--seed", str(SEED)),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from types import TracebackType
 
 from migrate.dataplane import messages
 from migrate.dataplane.codecs import Decoder
@@ -32,7 +31,6 @@ class Intake:
         self._target = _NOTHING  # where the run under way goes
         self._unacked_bytes = 0
         self._unacked_frames = 0
-        self._refusing = _Refusing(self)
 
     def run(self) -> None:
         """Until the peer ends or errs. Raises EOFError, OSError, MigrateError.
@@ -42,17 +40,26 @@ class Intake:
         """
         while True:
             prefix, meta = self._reader.next()
-            with self._refusing:
+            try:
                 run = self._begin(prefix, meta)
+            except BaseException as error:
+                self.failed(error)
+                raise
             if run is not None:
                 self._read_payload(run, prefix)
-                with self._refusing:
+                try:
                     self._finish(run, prefix)
+                except BaseException as error:
+                    self.failed(error)
+                    raise
             self.placed = self._reader.sequence
             self._acknowledge(prefix)
 
     def failed(self, error: BaseException) -> None:
-        """Refuse what the source itself said wrong, or what a bug here makes of it."""
+        """Refuse what the source itself said wrong, and a bug here: it must not try for ever.
+
+        Errors of the wire (OSError, EOFError), met while answering, are neither.
+        """
         if isinstance(error, MigrateError):
             self.refuse(error)
         elif isinstance(error, Exception) and not isinstance(error, (OSError, EOFError)):
@@ -123,25 +130,3 @@ class Intake:
         if due or prefix.kind in (Kind.SYNC, Kind.STATE_REQUEST):
             self._writer.write(Kind.ACK, messages.pack_ack(self.placed))
             self._unacked_bytes = self._unacked_frames = 0
-
-
-class _Refusing:
-    """Within it, errors are the source's fault, or a bug: it must not try for ever.
-
-    Except those of the wire (OSError, EOFError), met while answering.
-    """
-
-    def __init__(self, intake: Intake) -> None:
-        self._intake = intake
-
-    def __enter__(self) -> None:
-        """Nothing: made once, entered twice a frame."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            self._intake.failed(error)

@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.chunks import (
@@ -29,6 +31,8 @@ from migrate.errors import FrameRejected, InsufficientMemory, VerificationFailed
 
 HUGE_PAGE = 2 << 20  # bytes
 PIECE = HUGE_PAGE  # moved at a time by place and verify; whole huge pages are given back
+MAX_WORKERS = 8  # threads that place or verify one object
+WORTH_A_THREAD = 8 << 20  # bytes
 PAGE = mmap.PAGESIZE
 _POPULATE_WRITE = 23  # asm-generic/mman-common.h, since Linux 5.14
 _NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module lacks it
@@ -83,8 +87,12 @@ class StagedObject:
                 f"object {self.info.id}: a duplicate of bytes {start:#x} + {length:#x} of"
                 f" object {origin.info.id}, which are not here"
             )
+        try:  # a view keeps the mapping where it is, should another stream forget the object
+            source = origin.memory[start : start + length]
+        except ValueError:
+            raise FrameRejected(f"object {origin.info.id} is gone") from None
         target = self.begin(offset, length)
-        ctypes.memmove(address_of(target), origin.address + start, length)
+        ctypes.memmove(address_of(target), address_of(source), length)
 
     def store_zeros(self, offset: int, length: int) -> None:
         """These whole chunks are zero."""
@@ -218,13 +226,17 @@ class Staging:
         differ, OSError from the target.
         """
         staged = self._complete(object_id, target)
-        buffer = memoryview(bytearray(PIECE))
-        for offset, length in pieces(staged.info.size):
-            if staged.is_zero(offset, length):
-                _clear(offset, buffer[:length], target)
-            else:
-                target.write(offset, staged.memory[offset : offset + length])
-                staged.release(offset, length)
+
+        def work(ranges: Iterator[tuple[int, int]]) -> None:
+            buffer = memoryview(bytearray(PIECE))
+            for offset, length in ranges:
+                if staged.is_zero(offset, length):
+                    _clear(offset, buffer[:length], target)
+                else:
+                    target.write(offset, staged.memory[offset : offset + length])
+                    staged.release(offset, length)
+
+        _share(staged.info.size, work)
         return staged.info.size
 
     def _complete(self, object_id: int, target: MemoryAccess) -> StagedObject:
@@ -268,18 +280,22 @@ def verify(info: ObjectInfo, target: MemoryAccess, expected: bytes) -> int:
             f"object {info.id}: the source lists {len(expected) // DIGEST_SIZE} chunks,"
             f" {count} are here"
         )
-    buffer = memoryview(bytearray(PIECE))
-    for offset, length in pieces(info.size):
-        part = buffer[:length]
-        target.read(offset, part)
-        for at in range(0, length, info.chunk):
-            index = (offset + at) // info.chunk
-            wanted = expected[index * DIGEST_SIZE : (index + 1) * DIGEST_SIZE]
-            if digest(part[at : at + info.chunk]) != wanted:
-                raise VerificationFailed(
-                    f"object {info.id} ({info.kind.name}): the chunk at"
-                    f" {offset + at:#x} differs from the source's"
-                )
+
+    def work(ranges: Iterator[tuple[int, int]]) -> None:
+        buffer = memoryview(bytearray(PIECE))
+        for offset, length in ranges:
+            part = buffer[:length]
+            target.read(offset, part)
+            for at in range(0, length, info.chunk):
+                index = (offset + at) // info.chunk
+                wanted = expected[index * DIGEST_SIZE : (index + 1) * DIGEST_SIZE]
+                if digest(part[at : at + info.chunk]) != wanted:
+                    raise VerificationFailed(
+                        f"object {info.id} ({info.kind.name}): the chunk at"
+                        f" {offset + at:#x} differs from the source's"
+                    )
+
+    _share(info.size, work)
     return count
 
 
@@ -287,3 +303,27 @@ def pieces(size: int) -> Iterator[tuple[int, int]]:
     """(offset, length) of pieces of at most 2 MiB."""
     for offset in range(0, size, PIECE):
         yield offset, min(PIECE, size - offset)
+
+
+def _share(size: int, work: Callable[[Iterator[tuple[int, int]]], None]) -> None:
+    """Have the pieces of *size* bytes done by as many threads as pay; raises the first error.
+
+    The process stands meanwhile, and so do the streams: the cores have nothing else to do.
+    """
+    threads = min(MAX_WORKERS, len(os.sched_getaffinity(0)), size // WORTH_A_THREAD)
+    if threads < 2:
+        work(pieces(size))
+        return
+    left, lock = pieces(size), threading.Lock()
+
+    def taken() -> Iterator[tuple[int, int]]:
+        while True:
+            with lock:
+                piece = next(left, None)
+            if piece is None:
+                return
+            yield piece
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="data-place") as pool:
+        for done in [pool.submit(work, taken()) for _ in range(threads)]:
+            done.result()

@@ -110,6 +110,20 @@ class Fuzz:
         )
         return Kind.DATA, run.pack(), data
 
+    def _duplicate(self) -> tuple[Kind, bytes, bytes]:
+        """Of a chunk that may be there or not, to a place that may be the same."""
+        first, second = self._rng.randrange(4), self._rng.randrange(3)
+        known = self.session.staging.get(1).table.get(min(first, 2))
+        run = Run(
+            object_id=1,
+            codec=Codec.DUPLICATE,
+            offset=second * CHUNK,
+            length=CHUNK,
+            digests=known or self._rng.randbytes(16),
+            origin=(self._rng.choice((1, 1, 1, 2)), first * CHUNK),
+        )
+        return Kind.DATA, run.pack(), b""
+
     def _feed(self, data: bytes) -> int:
         """Give bytes to a new connection of the session; returns the frames accepted."""
         channel = Source(data)
@@ -135,7 +149,8 @@ class Fuzz:
 
     def by_a_mad_peer(self) -> None:
         """A frame sealed with the key, its contents mutated."""
-        kind, meta, payload = self._rng.choice((self._good_run, self._declare, self._forget))()
+        makers = (self._good_run, self._duplicate, self._declare, self._forget)
+        kind, meta, payload = self._rng.choice(makers)()
         if self._rng.random() < 0.8:
             meta = bytes(self._mutate(bytearray(meta)))[:1000]
         if self._rng.random() < 0.5:

@@ -12,6 +12,7 @@ written into it, wherever the program was moved meanwhile.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import time
 from pathlib import Path
@@ -92,10 +93,16 @@ class Churn:
         return record
 
     def _allocate(self, record: Record) -> Record:
-        gpu = record.gpus[record.made % len(record.gpus)]
+        gpu = record.gpus[0 if record.hold else record.made % len(record.gpus)]
         size = record.hold or SIZES[record.made % len(SIZES)]
         with self.runtime.indivisible():
-            bo = device.allocate(self.runtime, gpu, size, device.VRAM)
+            try:
+                bo = device.allocate(self.runtime, gpu, size, device.VRAM)
+            except OSError as error:
+                if not record.swapped or error.errno != errno.ENOMEM:
+                    raise
+                time.sleep(0.1)
+                return self._say(record, "ENOMEM")
             if record.share:
                 share(self.runtime, bo)
             return self._commit(

@@ -7,16 +7,18 @@ import time
 
 import pytest
 
+from migrate.errors import Cancelled
 from scenarios.cluster import Cluster, wait_until
 from tests.integration.jobs import Outcome, migrate
 from tests.integration.lookers import keyed, wait_state
 
 VRAM = 64 << 20  # bytes a GPU
-HELD = VRAM * 9 // 10 >> 12 << 12  # what the job frees and takes again
+HELD = VRAM * 8 // 10 >> 12 << 12  # what the job frees and takes again; less than this is free
 PATIENCE = 120.0  # seconds
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(400)
 def test_a_job_that_frees_and_takes_most_of_its_vram_during_pre_copy(own_cluster: Cluster) -> None:
     for name in ("a", "b"):
         own_cluster.add_host(name, node_options=("--vram", str(VRAM)))
@@ -26,24 +28,21 @@ def test_a_job_that_frees_and_takes_most_of_its_vram_during_pre_copy(own_cluster
     program = own_cluster.workload("a", [*command, "--hold", str(HELD), "--swap", str(swap)])
     wait_until(lambda: log.exists() and b"filled 1" in log.read_bytes(), PATIENCE, "the buffer")
     outcomes: list[Outcome] = []
-    options = ("--bandwidth", "4", "--max-rounds", "2", "--idempotency-key", "swap")
+    options = ("--bandwidth", "0.1", "--max-rounds", "2", "--idempotency-key", "swap")
     migration = threading.Thread(
         target=lambda: outcomes.append(
             migrate(own_cluster, "run", "a", "b", str(program.pid), *options)
         )
     )
+    host = own_cluster.hosts["a"]
     migration.start()
     try:
-        host = own_cluster.hosts["a"]
         wait_state(host, keyed(host, "swap"), "source", "ACTIVE")
-        time.sleep(1.0)  # the first round takes some 14 s
+        time.sleep(1.0)  # the first round would take more than 8 minutes
         swap.touch()
-        wait_until(
-            lambda: b"filled 2" in log.read_bytes() or program.poll() is not None,
-            PATIENCE,
-            "as much VRAM again",
-        )
-        assert b"filled 2" in log.read_bytes(), "no VRAM for the job: we held what it freed"
+        wait_until(lambda: b"filled 2" in log.read_bytes(), PATIENCE, "as much VRAM again")
     finally:
+        migrate(own_cluster, "abort", "a", keyed(host, "swap"))
         migration.join()
-    assert outcomes[0].code == 0, outcomes[0].document
+    # The round is over at once when its only buffer is let go: it may have moved meanwhile.
+    assert outcomes[0].code in (0, Cancelled.exit_code), outcomes[0].document

@@ -22,6 +22,7 @@ from migrate.dataplane.messages import ObjectInfo, ObjectKind
 from migrate.dataplane.receiver import Receiver, Session
 from migrate.dataplane.sender import Sender
 from migrate.errors import StreamBroken
+from scenarios.bench import cuts
 
 MIB = 1 << 20
 CHUNK = 64 << 10
@@ -170,9 +171,9 @@ def assert_same(session: Session, sender: Sender, source: MmapAccess) -> None:
 
 def test_thirty_cuts_at_random_bytes(receiver: tuple[int, Session]) -> None:
     port, session = receiver
-    cuts = 30
+    count = 30
     rng = random.Random(7)
-    budget = {n: rng.choice([rng.randrange(200), rng.randrange(3 * MIB)]) for n in range(cuts)}
+    budget = {n: rng.choice([rng.randrange(200), rng.randrange(3 * MIB)]) for n in range(count)}
     stored = Counter[int]()
 
     def meddle(connection: int, position: int, data: bytes) -> bytes | None:
@@ -328,3 +329,11 @@ def test_strangers_are_dropped_and_harm_nobody(
     sender.send_round(described(data))
     assert_same(session, sender, data)
     sender.close()
+
+
+@pytest.mark.soak
+def test_cuts_at_random_bytes_and_moments() -> None:
+    """The evidence has 1,000 of them."""
+    found = cuts.run(150, seed=5)
+    assert cuts.is_right(found), found
+    assert found.sender_restarts

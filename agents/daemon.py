@@ -20,6 +20,7 @@ from agents.destination import Destinations
 from agents.health import Health
 from agents.logs import use_json_lines
 from agents.notify import Notifier
+from agents.engines import ready_engine
 from agents.operator_servicer import OperatorServicer
 from agents.peer_servicer import PeerServicer
 from agents.source import Sources
@@ -29,8 +30,6 @@ from migrate.dataplane.channel import TcpListener
 from migrate.dataplane.peak_memory import PeakMemory as PeakMemorySampler
 from migrate.dataplane.receiver import Receiver
 from migrate.engine.limits import raise_open_files
-from migrate.engine.reexec import ReexecEngine
-from migrate.engine.seam import ProcessEngine
 from migrate.errors import AgentBusy, JournalUnusable, UsageError
 from migrate.inventory import split_address
 from migrate.journal import Journal
@@ -70,7 +69,7 @@ class Agent:
             name=config.name,
             paths=paths,
             journal=self.journal,
-            engine=_engine(config.engine, paths),
+            engine=ready_engine(config.engine, paths),
             peak_memory=self._peak,
             vram_mode=config.vram_access,
         )
@@ -198,12 +197,6 @@ def _journal_failed(why: str) -> None:
     """End at once, as by kill -9: see migrate.journal. A new agent reads what there is."""
     _log.critical("%s; the agent ends", why)
     os._exit(JOURNAL_FAILED)
-
-
-def _engine(name: str, paths: HostPaths) -> ProcessEngine:
-    if name != "reexec":
-        raise UsageError(f"engine: {name!r} is not one of: reexec")
-    return ReexecEngine(paths)
 
 
 def _not_a_helper(pid: int) -> bool:

@@ -29,8 +29,8 @@ from pathlib import Path
 
 import msgspec
 
+from agents.engines import ENGINES, make_engine
 from agents.logs import use_json_lines
-from migrate.engine.reexec import ReexecEngine
 from migrate.engine.seam import ProcessEngine, Survey
 from migrate.errors import AgentBusy, MigrateError, NoSuchProcess, UsageError
 from migrate.journal import Record, read_records
@@ -262,14 +262,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Let sources go when their agent dies.")
     parser.add_argument("--agent-fd", type=int, required=True, help="pipe; closed when it dies")
     parser.add_argument("--paths", required=True, help="HostPaths as JSON")
-    parser.add_argument("--engine", choices=["reexec"], required=True)
+    parser.add_argument("--engine", choices=sorted(ENGINES), required=True)
     parser.add_argument("--json-log", metavar="HOST", help="log JSON lines, as of this host")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s watchdog: %(message)s")
     if options.json_log:
         use_json_lines(options.json_log)
     paths = msgspec.json.decode(options.paths, type=HostPaths)
-    rescue = Rescue(Path(paths.run), ReexecEngine(paths))
+    rescue = Rescue(Path(paths.run), make_engine(options.engine, paths))
     while os.read(options.agent_fd, 1):
         continue
     deadline = time.monotonic() + GIVE_UP

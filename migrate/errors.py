@@ -209,6 +209,25 @@ class PeerNonsense(MigrateError):
     )
 
 
+class CriuUnusable(MigrateError):
+    """CRIU is missing, can't do what is needed here, or died."""
+
+    reason = "CRIU_UNUSABLE"
+    exit_code = 26
+    advice = "Install CRIU 4.1 or newer and run `criu check`; its logs are in the run directory."
+
+
+class CgroupUnusable(MigrateError):
+    """The host has no cgroup v2 with a freezer that the agent may use."""
+
+    reason = "CGROUP_UNUSABLE"
+    exit_code = 27
+    advice = (
+        "The criu engine holds processes by the cgroup v2 freezer: mount cgroup2 (Linux 5.14 or"
+        " newer; systemd.unified_cgroup_hierarchy=1) and run the agent as root."
+    )
+
+
 # ---------------------------------------------------------------- the process
 
 

@@ -50,9 +50,14 @@ class TlsFiles(Value):
 
 
 class HostEntry(Value):
-    """One host as the file has it."""
+    """One host as the file has it.
 
-    address: str  # "host:port" of its agent; an IPv6 address in brackets
+    ``address``: "host:port" of its agent; an IPv6 address in brackets. ``peer_address``:
+    what other agents dial, where that differs (we come through a forwarded port).
+    """
+
+    address: str
+    peer_address: str = ""
 
 
 class Host(Value):
@@ -60,6 +65,7 @@ class Host(Value):
 
     name: str
     address: str
+    peer_address: str = ""  # empty: as ``address``
 
 
 class Inventory(Value):
@@ -74,11 +80,14 @@ class Inventory(Value):
         if entry is None:
             known = ", ".join(sorted(self.hosts)) or "none"
             raise UnknownHost(f"no host {name!r} in the inventory (it has: {known})")
-        return Host(name=name, address=entry.address)
+        return Host(name=name, address=entry.address, peer_address=entry.peer_address)
 
     def all_hosts(self) -> tuple[Host, ...]:
         """Every host, in the file's order."""
-        return tuple(Host(name=name, address=e.address) for name, e in self.hosts.items())
+        return tuple(
+            Host(name=name, address=e.address, peer_address=e.peer_address)
+            for name, e in self.hosts.items()
+        )
 
 
 def default_path(environment: Mapping[str, str] = os.environ) -> Path:
@@ -124,12 +133,16 @@ def parse(text: bytes, source: str) -> Inventory:
     for name, entry in inventory.hosts.items():
         if not HOST_NAME.fullmatch(name):
             raise UsageError(f"{source}: hosts: {name!r} is not a host name", advice=ADVICE)
-        try:
-            _, port = split_address(entry.address)
-        except UsageError as error:
-            raise UsageError(f"{source}: hosts.{name}.address: {error}", advice=ADVICE) from error
-        if port == 0:
-            raise UsageError(f"{source}: hosts.{name}.address: port 0 can't be dialled")
+        for key in ("address", "peer_address"):
+            value = getattr(entry, key)
+            if key == "peer_address" and not value:
+                continue
+            try:
+                _, port = split_address(value)
+            except UsageError as error:
+                raise UsageError(f"{source}: hosts.{name}.{key}: {error}", advice=ADVICE) from error
+            if port == 0:
+                raise UsageError(f"{source}: hosts.{name}.{key}: port 0 can't be dialled")
     return inventory
 
 
@@ -176,6 +189,8 @@ def to_toml(inventory: Inventory) -> str:
     lines += [f"{k} = {_quoted(v)}" for k, v in msgspec.structs.asdict(inventory.tls).items()]
     for name, entry in inventory.hosts.items():
         lines += ["", f"[hosts.{_quoted(name)}]", f"address = {_quoted(entry.address)}"]
+        if entry.peer_address:
+            lines.append(f"peer_address = {_quoted(entry.peer_address)}")
     return "\n".join(lines) + "\n"
 
 

@@ -16,6 +16,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -449,8 +450,9 @@ static int take_fd(const struct header *request, const char *payload)
 	pidfd = syscall(SYS_pidfd_open, (pid_t)request->file, 0);
 	if (pidfd >= 0) {
 		fd = syscall(SYS_pidfd_getfd, pidfd, number, 0);
-		if (fd < 0)
-			number = errno;
+		if (fd >= 0)
+			fd = out_of_the_way(fd);
+		number = errno;
 		close(pidfd);
 		errno = number;
 	}
@@ -657,8 +659,15 @@ static int update_vma_map(const char *path, const uint64_t address, const uint64
 static int resume_devices_late(int pid)
 {
 	struct event event = { .pid = pid };
+	int result = converse_once(CR_PLUGIN_HOOK__RESUME_DEVICES_LATE, &event, NULL, NULL);
 
-	return converse_once(CR_PLUGIN_HOOK__RESUME_DEVICES_LATE, &event, NULL, NULL);
+	/*
+	 * CRIU only logs an error of this hook and lets the task run. Nobody has granted it,
+	 * and the agent that would have it held is gone or refuses.
+	 */
+	if (result < 0 && pid > 0 && kill(pid, SIGKILL))
+		complain("kill");
+	return result;
 }
 
 CR_PLUGIN_REGISTER("migrate_kfd", hook_init, hook_fini)

@@ -97,6 +97,9 @@ class Held:
         """Write access to a range; its ``pid`` (the source's) is not looked at."""
         return ProcessMemoryAccess(self.process.pid, wanted.address, wanted.length)
 
+    def restored(self, gpus: Sequence[MovedGpu], bos: Sequence[MovedBo]) -> None:
+        """See HeldProcess: all the rest needs the memory's contents."""
+
     def finish(self, gpus: Sequence[MovedGpu], bos: Sequence[MovedBo]) -> None:
         """Map BOs, rebuild the CPU state, and hold. Raises RestoreFailed, ProcessExited."""
         number = random.getrandbits(63) | 1

@@ -86,28 +86,28 @@ class HookCall:
 
     def __init__(self, event: HookEvent, connection: Connection) -> None:
         self.event = event
-        self._connection = connection
+        self.connection = connection
 
     def file(self, number: int) -> RemoteFile:
         """The file that has fd *number* in the task."""
-        return RemoteFile(self._connection, number)
+        return RemoteFile(self.connection, number)
 
     def take_fd(self, pid: int, number: int) -> int:
         """Copy fd *number* of process *pid* into the task; its number there."""
         packed = _TAKE.pack(number)
-        return self._connection.ask(Kind.ATTACH, packed, file=pid).file
+        return self.connection.ask(Kind.ATTACH, packed, file=pid).file
 
     def open(self, path: str) -> int:
         """Open a node in the task, above all fds of the process that is restored."""
-        return self._connection.ask(Kind.OPEN, os.fsencode(path)).file
+        return self.connection.ask(Kind.OPEN, os.fsencode(path)).file
 
     def close(self, number: int) -> None:
         """Close fd *number* of the task."""
-        self._connection.ask(Kind.CLOSE, file=number)
+        self.connection.ask(Kind.CLOSE, file=number)
 
     def hold(self) -> None:
         """From now on the hook does nothing if the agent goes away."""
-        self._connection.ask(Kind.HOLD)
+        self.connection.ask(Kind.HOLD)
 
 
 Handler = Callable[[HookCall], Verdict]

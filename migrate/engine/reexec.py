@@ -20,7 +20,7 @@ from migrate.engine import control, procfs
 from migrate.engine.document import Document
 from migrate.engine.held import Held
 from migrate.engine.marker import Marker
-from migrate.engine.seam import Blocker, CpuImage, CpuRange, Survey, T, Visitor
+from migrate.engine.seam import Blob, Blocker, CpuImage, CpuRange, Survey, T, Visitor
 from migrate.engine.tracing import traced
 from migrate.errors import (
     EngineUnsupported,
@@ -30,7 +30,7 @@ from migrate.errors import (
     NotKfdProcess,
 )
 from migrate.kfd.file import find_kfd_fds
-from migrate.model import HostPaths, ProcessRef
+from migrate.model import GpuMap, HostPaths, ProcessRef
 from migrate.preflight.collect import restarted
 from migrate.preflight.facts import Facts
 
@@ -111,6 +111,14 @@ class ReexecEngine:
         )
         return CpuImage(engine=self.name, state=state, ranges=ranges)
 
+    def dump(self, process: ProcessRef, visit: Visitor[T]) -> T:
+        """See ProcessEngine: the image is whole since the freeze."""
+        return self.visit_frozen(process, visit)
+
+    def finish_dump(self, process: ProcessRef, image: CpuImage) -> CpuImage:
+        """See ProcessEngine."""
+        return image
+
     def visit_frozen(self, process: ProcessRef, visit: Visitor[T]) -> T:
         """See ProcessEngine. If *visit* raises, queues it left paused are started again."""
         with traced(process, self._paths, leave_paused=True) as kfd:
@@ -120,13 +128,24 @@ class ReexecEngine:
         """See ProcessEngine."""
         return ProcessMemoryAccess(process.pid, wanted.address, wanted.length)
 
+    def blob(self, process: ProcessRef, wanted: Blob) -> MemoryAccess:
+        """See ProcessEngine: there are none."""
+        raise EngineUnsupported(f"the engine {self.name} has no file {wanted.name!r}")
+
     def thaw(self, process: ProcessRef) -> None:
         """See ProcessEngine. Also releases a held process at the destination."""
         control.thaw(process)
 
     # ------------------------------------------------------------ destination
 
-    def restore(self, image: CpuImage, migration: str) -> Held:
+    def receive(self, migration: str, coming: Blob) -> MemoryAccess:
+        """See ProcessEngine: there are none."""
+        raise EngineUnsupported(f"the engine {self.name} has no use for a file {coming.name!r}")
+
+    def discard(self, migration: str) -> None:
+        """See ProcessEngine: there is nothing."""
+
+    def restore(self, image: CpuImage, migration: str, gpu_map: GpuMap) -> Held:
         """See ProcessEngine. Raises RestoreFailed, InsufficientMemory."""
         if image.engine != self.name:
             raise EngineUnsupported(f"the image is one of the engine {image.engine}")

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 from migrate.dataplane.access import MemoryAccess
 from migrate.kfd.process import KfdProcess
-from migrate.model import ProcessRef, Value
+from migrate.model import GpuMap, ProcessRef, Value
 from migrate.preflight.facts import Facts
 from migrate.preflight.findings import Finding
 
@@ -45,15 +45,24 @@ class CpuRange(Value):
     length: int
 
 
+class Blob(Value):
+    """A file of the engine's own that has to be at the destination before the restore."""
+
+    name: str
+    size: int  # bytes
+
+
 class CpuImage(Value):
     """The CPU side of a frozen process: what is not memory contents.
 
-    ``state`` is the engine's own document (opaque to everybody else).
+    ``state`` is the engine's own document (opaque to everybody else). ``ranges`` are read
+    from the frozen process and written into the new one, ``blobs`` are files.
     """
 
     engine: str
     state: bytes
     ranges: tuple[CpuRange, ...]
+    blobs: tuple[Blob, ...] = ()
 
 
 class MovedGpu(Value):
@@ -112,21 +121,46 @@ class ProcessEngine(Protocol):
         """
 
     def freeze(self, process: ProcessRef) -> CpuImage:
-        """Stop the process at this instant so that it stays stopped if we die. Idempotent."""
+        """Stop the process at this instant so that it stays stopped if we die. Idempotent.
+
+        What is not known yet of the image comes by ``dump`` and ``finish_dump``.
+        """
+
+    def dump(self, process: ProcessRef, visit: Visitor[T]) -> T:
+        """Begin to write the CPU side of a frozen process; *visit* is called first.
+
+        *visit* may leave queues paused. Returns when it has; the rest goes on by itself.
+        If *visit* raises, queues that it left paused are started and the dump is given up.
+        """
+
+    def finish_dump(self, process: ProcessRef, image: CpuImage) -> CpuImage:
+        """Wait until the CPU side is written; the whole image. Raises CheckpointFailed."""
 
     def visit_frozen(self, process: ProcessRef, visit: Visitor[T]) -> T:
-        """As ``snapshot`` on a frozen process: *visit* may leave queues paused."""
+        """As ``snapshot`` on a frozen process: *visit* may leave queues paused.
+
+        For whoever has nothing but the journal; a dump under way is given up first.
+        """
 
     def memory(self, process: ProcessRef, wanted: CpuRange) -> MemoryAccess:
         """Read access to a range of a frozen process."""
+
+    def blob(self, process: ProcessRef, wanted: Blob) -> MemoryAccess:
+        """Read access to a file of the image."""
 
     def thaw(self, process: ProcessRef) -> None:
         """Let a frozen process run. Idempotent; a process that is gone is no error."""
 
     # ------------------------------------------------------------ destination
 
-    def restore(self, image: CpuImage, migration: str) -> HeldProcess:
+    def receive(self, migration: str, coming: Blob) -> MemoryAccess:
+        """Write access to a file that ``restore`` of this migration will read."""
+
+    def restore(self, image: CpuImage, migration: str, gpu_map: GpuMap) -> HeldProcess:
         """Build the process anew, without running any of its own code."""
+
+    def discard(self, migration: str) -> None:
+        """Remove what ``receive`` has made. Idempotent."""
 
     # ------------------------------------------------------------ both
 
@@ -151,6 +185,9 @@ class HeldProcess(Protocol):
 
     def memory(self, wanted: CpuRange) -> MemoryAccess:
         """Write access to a range of the new process (for placement)."""
+
+    def restored(self, gpus: Sequence[MovedGpu], bos: Sequence[MovedBo]) -> None:
+        """RESTORE was done in all of them: whatever needs no memory contents may go on."""
 
     def finish(self, gpus: Sequence[MovedGpu], bos: Sequence[MovedBo]) -> None:
         """Map BOs, rebuild CPU state, and hold: stopped so that it outlives the agent."""

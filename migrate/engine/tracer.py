@@ -1,12 +1,13 @@
-"""The tracer helper: holds a process for milliseconds and speaks to its /dev/kfd.
+"""The tracer helper: holds processes for milliseconds and speaks to their /dev/kfd.
 
-    python -m migrate.engine.tracer --fd N --kfd PATH PID
+    python -m migrate.engine.tracer --fd N --kfd PATH
 
-A process of its own, because ptrace and the kernel's CRIU operations belong to one
-thread, because the kernel lets the target go when this process ends however it ends,
-and because the agent keeps no fd of the target. It starts while the target still
-runs, and seizes on ATTACH. The agent's socket breaking before HOLD means that the agent
-is gone: queues left paused are started again, and the target is let go.
+One helper holds all KFD processes of a tree, each from its ATTACH on. It is a process of its
+own, because ptrace and the kernel's CRIU operations belong to one thread, because the kernel
+lets the targets go when this process ends however it ends, and because the agent keeps no fd
+of theirs. It starts while they still run, and seizes on ATTACH. The agent's socket breaking
+before HOLD means that the agent is gone: queues left paused are started again, and the
+targets are let go.
 """
 
 from __future__ import annotations
@@ -31,10 +32,9 @@ STOP_TIMEOUT = 5.0  # seconds
 class Helper:
     """What is held, and the handlers of the agent's requests."""
 
-    def __init__(self, pid: int, paths: HostPaths) -> None:
-        self._pid = pid
+    def __init__(self, paths: HostPaths) -> None:
         self._paths = paths
-        self._stopped = Stopped(pid)
+        self._stopped: dict[int, Stopped] = {}
         self._executed = Paused(stolen=True)
         self._hold = False
 
@@ -50,28 +50,35 @@ class Helper:
             if not serve(channel, handlers) and not self._hold:
                 self._executed.unpause()
         finally:
-            self._executed.close()
-            self._stopped.let_go()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._executed.close()
+        for stopped in self._stopped.values():
+            stopped.let_go()
 
     def _attach(self, request: Message) -> Message:
-        if self._executed.files:
-            raise OSError(errno.EALREADY, f"process {self._pid} is held already")
+        pid = request.file
+        if pid in self._stopped:
+            raise OSError(errno.EALREADY, f"process {pid} is held already")
         # Two opens of /dev/kfd are one KFD process: one file is enough, and two would nest.
-        numbers = find_kfd_fds(self._pid, self._paths)
+        numbers = find_kfd_fds(pid, self._paths)
         if not numbers:
-            raise NotKfdProcess(f"process {self._pid} has no open {self._paths.kfd}")
-        fd = steal_fd(self._pid, numbers[0])
+            raise NotKfdProcess(f"process {pid} has no open {self._paths.kfd}")
+        stopped = Stopped(pid)
+        fd = steal_fd(pid, numbers[0])
         try:
             file = adopt(fd)
         except BaseException:
             os.close(fd)
             raise
-        self._executed.files[fd] = file
         try:
-            self._stopped.stop(STOP_TIMEOUT)
+            stopped.stop(STOP_TIMEOUT)
         except BaseException:
-            self._executed.close()
+            file.close()
             raise
+        self._executed.files[fd] = file
+        self._stopped[pid] = stopped
         return Message(Kind.REPLY, file=fd)
 
     def _holds(self, request: Message) -> Message:
@@ -81,22 +88,20 @@ class Helper:
     def _done(self, request: Message) -> Message:
         if not request.file:
             self._executed.unpause()
-        self._executed.close()
-        self._stopped.let_go()
+        self._let_go()
         raise LetGo(Message(Kind.REPLY))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the helper process."""
-    parser = argparse.ArgumentParser(description="Hold a process and speak to its /dev/kfd.")
+    parser = argparse.ArgumentParser(description="Hold processes, speak to their /dev/kfd.")
     parser.add_argument("--fd", type=int, required=True, help="socket to the agent")
     parser.add_argument("--kfd", required=True, help="path of /dev/kfd")
-    parser.add_argument("pid", type=int)
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the agent decides
     with socket.socket(fileno=options.fd) as channel:
         channel.set_inheritable(False)
-        Helper(options.pid, HostPaths(kfd=options.kfd)).run(channel)
+        Helper(HostPaths(kfd=options.kfd)).run(channel)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from migrate.engine import procfs
@@ -23,10 +23,15 @@ HELPER_EXIT = 10.0  # seconds until a helper that was told to end is killed
 
 @contextlib.contextmanager
 def traced(
-    process: ProcessRef, paths: HostPaths, *, leave_paused: bool = False
+    process: ProcessRef,
+    paths: HostPaths,
+    *,
+    pids: Sequence[int] | None = None,
+    leave_paused: bool = False,
 ) -> Iterator[list[KfdProcess]]:
-    """All threads of *process* stopped, its KFD file usable for the CRIU operations.
+    """All threads of a tree's KFD processes stopped, their files usable for CRIU operations.
 
+    *process* is the tree's root and *pids* its KFD processes (the root alone unless given).
     Whatever is still paused at the end is started again, unless the body ends well and
     *leave_paused* is set. Raises NoSuchProcess, NotKfdProcess, ForeignProcess, PtraceDenied,
     AlreadyTraced, FreezeTimeout; ProcessExited if the process dies in the middle,
@@ -34,12 +39,19 @@ def traced(
     """
     if not procfs.is_alive(process):
         raise NoSuchProcess(f"process {process.pid} has ended")
-    with _helper(process.pid, paths) as connection:
+    with _helper(paths) as connection:
         try:
-            file = RemoteFile(connection, connection.ask(Kind.ATTACH).file)
+            held = [
+                KfdProcess(
+                    RemoteFile(connection, connection.ask(Kind.ATTACH, file=pid).file),
+                    pid,
+                    before_pause=guard(paths),
+                )
+                for pid in ((process.pid,) if pids is None else pids)
+            ]
             if not procfs.is_alive(process):
                 raise NoSuchProcess(f"process {process.pid} has ended")
-            yield [KfdProcess(file, process.pid, before_pause=_guard(paths))]
+            yield held
             connection.ask(Kind.DONE, file=int(leave_paused))
         except (OSError, MigrateError) as error:
             if isinstance(error, NoSuchProcess):
@@ -51,19 +63,19 @@ def traced(
             raise
 
 
-def _guard(paths: HostPaths) -> Callable[[int], None]:
+def guard(paths: HostPaths) -> Callable[[int], None]:
     """Refuses to pause a process that sees a GPU without a VM: the kernel would oops."""
     minors = {gpu.gpu_id: gpu.drm_render_minor for gpu in read_topology(paths.topology).gpus}
     return partial(refuse_gpus_without_vm, paths=paths, render_minors=minors)
 
 
 @contextlib.contextmanager
-def _helper(pid: int, paths: HostPaths) -> Iterator[Connection]:
+def _helper(paths: HostPaths) -> Iterator[Connection]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours:
         with theirs:
             command = [sys.executable, "-m", "migrate.engine.tracer"]
-            command += ["--fd", str(theirs.fileno()), "--kfd", paths.kfd, str(pid)]
+            command += ["--fd", str(theirs.fileno()), "--kfd", paths.kfd]
             helper = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

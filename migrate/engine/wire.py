@@ -47,7 +47,7 @@ class Kind(IntEnum):
     CLOSE = 3  # file
     HOLD = 4  # from now on do nothing when the socket breaks
     DONE = 5  # let go and end; 'file' 0: UNPAUSE what is left paused, 1: leave it
-    ATTACH = 6  # tracer: stop the process -> 'file' is the number of its /dev/kfd
+    ATTACH = 6  # tracer: stop process 'file' -> 'file' is the number of its /dev/kfd
     RANGES = 7  # trampoline: u64 address, u64 length, ... are mapped, empty
     FINISH = 8  # trampoline: build the process from what is moved, then stop yourself
     HOOK = 9  # hook of CRIU to agent: a hook was called, see engine/hook.py; no reply

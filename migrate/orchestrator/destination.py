@@ -321,6 +321,7 @@ class DestinationMigration:
             self._held = None
         if self.copy is not None:
             self.host.engine.kill(self.copy.process)
+        self.host.engine.discard(self.id)
         self._drop_staging()
 
     def _start(self) -> DestinationEvent | None:
@@ -420,7 +421,8 @@ class DestinationMigration:
 
     def _build(self, order: RestoreOrder, manifest: Mapping[int, bytes]) -> None:
         self._clock.begin()
-        held = self.host.engine.restore(order.image, self.id)
+        self._receive(order, manifest)
+        held = self.host.engine.restore(order.image, self.id, order.gpu_map)
         self._held = held
         self._record_copy(held.process)
         faults.point("destination.built")
@@ -440,14 +442,41 @@ class DestinationMigration:
                     process.restore(checkpoint, order.gpu_map.as_dict(), drm_fds, nodes)
                 )
             self._record_copy(held.process, tuple(r.proof for r in restored))
+            bos = _moved_bos(order, restored)
+            held.restored(gpus, bos)
             self._clock.lap("build")
             faults.point("destination.restored")
             self._fill(held, order, restored, manifest)
         finally:
             for result in restored:
                 result.close()
-        held.finish(gpus, _moved_bos(order, restored))
+        held.finish(gpus, bos)
         self._clock.lap("engine")
+
+    def _receive(self, order: RestoreOrder, manifest: Mapping[int, bytes]) -> None:
+        """The engine's files: placed and verified before the engine reads them."""
+        for item in order.objects:
+            if item.blob is not None:
+                target = self.host.engine.receive(self.id, item.blob)
+                try:
+                    self._place(item, target)
+                    self._verify(item, target, manifest)
+                finally:
+                    target.close()
+
+    def _place(self, item: ObjectOrder, target: MemoryAccess) -> None:
+        self._go_on()
+        assert self._staging is not None
+        self._staging.place(item.object_id, target)
+
+    def _verify(
+        self, item: ObjectOrder, target: MemoryAccess, manifest: Mapping[int, bytes]
+    ) -> None:
+        self._go_on()
+        if item.object_id not in manifest:
+            raise VerificationFailed(f"object {item.object_id} has no digests")
+        assert self._staging is not None
+        self._verified += self._staging.verify(item.object_id, target, manifest[item.object_id])
 
     def _record_copy(self, process: ProcessRef, restored: tuple[RestoreProof, ...] = ()) -> None:
         self.copy = CopyRecord(process=process, restored=restored)
@@ -466,18 +495,15 @@ class DestinationMigration:
         strangers = {info.id for info in staging.objects()} - {o.object_id for o in order.objects}
         if strangers:
             raise VerificationFailed(f"objects {sorted(strangers)} came and are in no order")
-        for item in order.objects:
-            self._go_on()
+        memory = [item for item in order.objects if item.blob is None]
+        for item in memory:
             with self._target(item, held, order, restored, "write") as target:
-                staging.place(item.object_id, target)
+                self._place(item, target)
         self._clock.lap("placement")
         faults.point("destination.placed")
-        for item in order.objects:
-            self._go_on()
-            if item.object_id not in manifest:
-                raise VerificationFailed(f"object {item.object_id} has no digests")
+        for item in memory:
             with self._target(item, held, order, restored, "read") as target:
-                self._verified += staging.verify(item.object_id, target, manifest[item.object_id])
+                self._verify(item, target, manifest)
         self._clock.lap("read_back")
         faults.point("destination.verified")
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.messages import ObjectInfo, ObjectKind
 from migrate.dataplane.vram import VramAccess
-from migrate.engine.seam import CpuRange
+from migrate.engine.seam import Blob, CpuRange
 from migrate.errors import SvmUnsupported
 from migrate.kfd.privdata import PrivateData, decode
 from migrate.kfd.process import Checkpointed, KfdCheckpoint
@@ -84,6 +84,18 @@ class ObjectTable:
             for r in ranges
         ]
 
+    def blobs(self, blobs: Sequence[Blob]) -> list[ObjectOrder]:
+        """One order for every file of the engine's."""
+        return [
+            ObjectOrder(
+                object_id=self._id(("blob", blob.name, blob.size)),
+                kind=ObjectKind.BLOB,
+                size=blob.size,
+                blob=blob,
+            )
+            for blob in blobs
+        ]
+
     def _id(self, key: _Key) -> int:
         return self._ids.setdefault(key, len(self._ids) + 1)
 
@@ -101,6 +113,7 @@ def opened(
     checkpoints: Sequence[Checkpointed],
     vram: VramAccess,
     cpu: Callable[[CpuRange], MemoryAccess] | None = None,
+    blob: Callable[[Blob], MemoryAccess] | None = None,
 ) -> Iterator[list[tuple[ObjectInfo, MemoryAccess]]]:
     """The objects with access to their memory, closed at the end."""
     with ExitStack() as stack:
@@ -113,6 +126,9 @@ def opened(
                 assert fd is not None
                 gpu_id = vram_of(checkpointed.checkpoint, order.bo.index)
                 access = vram.open(fd, order.size, gpu_id, "read")
+            elif order.blob is not None:
+                assert blob is not None
+                access = blob(order.blob)
             else:
                 assert order.cpu is not None
                 assert cpu is not None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from migrate.dataplane.messages import ObjectKind
-from migrate.engine.seam import CpuImage, CpuRange
+from migrate.engine.seam import Blob, CpuImage, CpuRange
 from migrate.kfd.process import KfdCheckpoint
 from migrate.model import GpuMap, Value
 
-PROTOCOL = 1  # raised when either proto/ or a document below changes its meaning
+PROTOCOL = 2  # raised when either proto/ or a document below changes its meaning
 CHUNK = 256 * 1024  # hash grain in bytes
 
 
@@ -66,6 +66,7 @@ class ObjectOrder(Value):
     size: int
     bo: BoKey | None = None
     cpu: CpuRange | None = None
+    blob: Blob | None = None
 
 
 class Activity(Value):

@@ -354,7 +354,7 @@ class SourceMigration:
 
         self.narrator.enter("checkpoint", Status.DEVICE)
         note_pausing(self.host.journal, self.id)
-        with _Stopped(self.host.engine.visit_frozen(self.process, _checkpoint_frozen)) as stopped:
+        with _Stopped(self.host.engine.dump(self.process, _checkpoint_frozen)) as stopped:
             self.figures.pending_packets = pending_packets(stopped.checkpoints)
             if self._first_look is not None:
                 last = take_look(self.process, stopped.checkpoints, self.host.clock)
@@ -362,6 +362,7 @@ class SourceMigration:
             downtime.lap("checkpoint")
             faults.point("source.checkpointed")
             self.narrator.enter("final round", Status.DEVICE)
+            image = self.host.engine.finish_dump(self.process, image)
             order = self._final_order(image, [c.checkpoint for c in stopped.checkpoints])
             self._send_round(order.objects, stopped.checkpoints, frozen=True)
             downtime.lap("delta")
@@ -425,7 +426,11 @@ class SourceMigration:
             gpu_map=self._map(),
             image=image,
             checkpoints=tuple(checkpoints),
-            objects=self._bo_orders(checkpoints) + tuple(self._objects.ranges(image.ranges)),
+            objects=(
+                *self._bo_orders(checkpoints),
+                *self._objects.ranges(image.ranges),
+                *self._objects.blobs(image.blobs),
+            ),
             ran=self._ran,
             hold_source=self.options.hold_source,
         )
@@ -458,6 +463,7 @@ class SourceMigration:
         with opened(
             *(orders, checkpoints, self.host.vram_access),
             lambda r: self.host.engine.memory(self.process, r),
+            lambda b: self.host.engine.blob(self.process, b),
         ) as objects:
             self._drop_gone({info.id for info, _ in objects})
             if not frozen:

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import click
 
 from migrate.errors import MigrateError
 from scenarios.lab import build as builder
 from scenarios.lab import conformance
+from scenarios.lab.cluster import LabCluster
 from scenarios.lab.host import FIRST_SLOT, Host, HostSpec
 from scenarios.lab.layout import Layout
 
@@ -91,6 +93,20 @@ def log(name: str) -> None:
 def network(name: str, state: str) -> None:
     """Plug or pull a host's cable on the network between the hosts."""
     Host(Layout.default(), name).set_network(state == "up")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def agents(folder: Path) -> None:
+    """Start agents on the hosts that are up; FOLDER gets hosts.toml for `migrate`."""
+    layout = Layout.default()
+    cluster = LabCluster(layout, folder)
+    for name in sorted(FIRST_SLOT):
+        host = Host(layout, name)
+        if host.running:
+            cluster.adopt(host)
+            say(f"the agent of host {name} answers")
+    say(f"migrate --inventory {cluster.inventory} ps a")
 
 
 @main.command()

@@ -16,6 +16,7 @@ from scenarios.lab.layout import LabError, Layout, output
 BOOT_SECONDS = 600.0  # emulated and on a busy machine; usually 10
 # PCI slots of the first GPU: the slot goes into a gpu_id, so hosts have different ids.
 FIRST_SLOT = {"a": 0x08, "b": 0x10}
+AGENT_PORT = 7601  # of the control channel, inside the guest
 DOORBELL_BYTES = "2M"  # size of the BAR that is a GPU's doorbell aperture
 MAX_GPUS = 8
 # Pages come at first touch: a large GPU costs nothing until somebody fills it.
@@ -38,12 +39,16 @@ class HostSpec(Value):
 
 
 class Running(Value):
-    """A started host, as kept in its folder: process, its start time, ssh port."""
+    """A started host, as kept in its folder: process, its start time, ports on 127.0.0.1.
+
+    *port* leads to its ssh, *agent_port* to AGENT_PORT, where its agent may listen.
+    """
 
     spec: HostSpec
     pid: int
     start_time: int
     port: int
+    agent_port: int = 0
 
 
 class Host:
@@ -84,10 +89,10 @@ class Host:
                 *("-b", self.layout.disk, disk),
             ]
         )
-        port = _free_port()
+        port, agent_port = _free_port(), _free_port()
         with (self.folder / "qemu.log").open("w") as log:
             started = subprocess.run(
-                self._command(spec, port),
+                self._command(spec, port, agent_port),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -101,11 +106,12 @@ class Host:
             "pid": pid,
             "start_time": _start_time(pid),
             "port": port,
+            "agent_port": agent_port,
         }
         (self.folder / "state.json").write_text(json.dumps(state))
         self._wait_ready()
 
-    def _command(self, spec: HostSpec, port: int) -> list[str]:
+    def _command(self, spec: HostSpec, port: int, agent_port: int) -> list[str]:
         peers = ",".join(f"{name}@10.99.0.{index}" for index, name in enumerate(FIRST_SLOT, 1))
         peer = next(name for name in FIRST_SLOT if name != self.name)
         mine, theirs = self.folder / "net", self.layout.hosts / peer / "net"
@@ -133,7 +139,11 @@ class Host:
             *("-append", append),
             *("-drive", f"file={self.folder / 'disk.qcow2'},if=virtio,cache=unsafe,discard=unmap"),
             *("-device", "virtio-rng-pci"),
-            *("-netdev", f"user,id=control,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22"),
+            *(
+                "-netdev",
+                f"user,id=control,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22,"
+                f"hostfwd=tcp:127.0.0.1:{agent_port}-:{AGENT_PORT}",
+            ),
             *("-device", f"virtio-net-pci,netdev=control,mac=52:54:00:00:00:0{number}"),
             *(
                 "-netdev",

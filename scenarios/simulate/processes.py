@@ -13,6 +13,7 @@ import msgspec
 
 from migrate.dataplane.access import MemoryAccess
 from migrate.engine.seam import (
+    Blob,
     CpuImage,
     CpuRange,
     HeldProcess,
@@ -32,7 +33,7 @@ from migrate.errors import (
 from migrate.kfd.file import KfdFile
 from migrate.kfd.privdata import PrivateData, encode
 from migrate.kfd.process import Checkpointed, KfdCheckpoint, KfdProcess, Restored, RestoreProof
-from migrate.model import ProcessRef
+from migrate.model import GpuMap, ProcessRef
 from migrate.orchestrator.life import ALIVE, ENDED, IDLE, SUSPECT, WINDOW
 from migrate.preflight.facts import Facts
 
@@ -132,6 +133,9 @@ class Held:
         """No memory is simulated."""
         raise NotImplementedError
 
+    def restored(self, gpus: Sequence[MovedGpu], bos: Sequence[MovedBo]) -> None:
+        """See HeldProcess."""
+
     def finish(self, gpus: Sequence[MovedGpu], bos: Sequence[MovedBo]) -> None:
         """Hold."""
         self.engine.work(0.01, "the copy is held")
@@ -211,6 +215,14 @@ class Engine:
         """See ProcessEngine."""
         return self._visit(process, visit, leave_paused=False)
 
+    def dump(self, process: ProcessRef, visit: Visitor[T]) -> T:
+        """See ProcessEngine."""
+        return self._visit(process, visit, leave_paused=True)
+
+    def finish_dump(self, process: ProcessRef, image: CpuImage) -> CpuImage:
+        """See ProcessEngine."""
+        return image
+
     def visit_frozen(self, process: ProcessRef, visit: Visitor[T]) -> T:
         """See ProcessEngine."""
         return self._visit(process, visit, leave_paused=True)
@@ -261,6 +273,10 @@ class Engine:
         """No memory is simulated."""
         raise NotImplementedError
 
+    def blob(self, process: ProcessRef, wanted: Blob) -> MemoryAccess:
+        """There are none."""
+        raise NotImplementedError
+
     def thaw(self, process: ProcessRef) -> None:
         """See ProcessEngine."""
         self.work(0.002, "thaw")
@@ -278,7 +294,14 @@ class Engine:
 
     # ------------------------------------------------------------ destination
 
-    def restore(self, image: CpuImage, migration: str) -> HeldProcess:
+    def receive(self, migration: str, coming: Blob) -> MemoryAccess:
+        """There are none."""
+        raise NotImplementedError
+
+    def discard(self, migration: str) -> None:
+        """See ProcessEngine."""
+
+    def restore(self, image: CpuImage, migration: str, gpu_map: GpuMap) -> HeldProcess:
         """See ProcessEngine."""
         self.work(0.02, "the copy is started")
         self.fails("build", RestoreFailed("it ended at once"))

@@ -10,7 +10,7 @@ from typing import Any
 
 from migrate.engine import procfs
 from migrate.engine.reexec import ReexecEngine
-from migrate.model import HostPaths
+from migrate.model import GpuMap, HostPaths
 from tests.integration.engine_rig import pause_and_checkpoint
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         engine.visit_frozen(process, visit)
     elif what == "building":
         image = engine.freeze(process)
-        held = ReexecEngine(HostPaths.under(rest[0])).restore(image, "dying")
+        held = ReexecEngine(HostPaths.under(rest[0])).restore(image, "dying", GpuMap(pairs=()))
         wait(str(held.process.pid))
 
 

@@ -20,7 +20,7 @@ from migrate.engine.seam import MovedBo, MovedGpu
 from migrate.kfd.file import open_device
 from migrate.kfd.process import Checkpointed, KfdProcess, Restored, resume
 from migrate.kfd.sysfs import read_topology
-from migrate.model import HostPaths, ProcessRef
+from migrate.model import GpuMap, HostPaths, ProcessRef
 
 REPOSITORY = Path(__file__).parents[2]
 SIZE = ("--vram", "8MiB", "--delay-us", "300")
@@ -168,7 +168,7 @@ def build(source: Host, target: Host, process: ProcessRef) -> tuple[Held, Restor
     image = source.engine.freeze(process)
     with source.engine.visit_frozen(process, pause_and_checkpoint) as checkpointed:
         checkpoint = checkpointed.checkpoint
-        held = target.engine.restore(image, f"m{process.pid}")
+        held = target.engine.restore(image, f"m{process.pid}", GpuMap(pairs=()))
         kfd = held.kfd[0]
         minors = {
             gpu.gpu_id: gpu.drm_render_minor for gpu in read_topology(target.paths.topology).gpus

@@ -25,7 +25,7 @@ from migrate.errors import (
     RestoreFailed,
 )
 from migrate.kfd.file import find_kfd_fds
-from migrate.model import ProcessRef
+from migrate.model import GpuMap, ProcessRef
 from scenarios.workloads.record import Record
 from tests.integration.engine_rig import (
     Host,
@@ -257,4 +257,6 @@ def test_a_command_that_is_not_there_is_refused(trio: list[Host], tmp_path: Path
         broken = image.state.replace(b"scenarios.workloads.train", b"scenarios.workloads.trash")
         assert broken != image.state
         with pytest.raises(RestoreFailed, match=r"scenarios\.workloads\.trash"):
-            b.engine.restore(type(image)(engine="reexec", state=broken, ranges=()), "broken")
+            b.engine.restore(
+                type(image)(engine="reexec", state=broken, ranges=()), "broken", GpuMap(pairs=())
+            )

@@ -1,0 +1,223 @@
+"""The ``criu`` engine: moves any process tree, unmodified, by CRIU and the cgroup freezer.
+
+Freeze is the freezer of a cgroup of the tree's own (cgroup v2), which holds it through
+everything else: see criu_dump and criu_restore for what CRIU does meanwhile. Needs root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+
+from migrate.dataplane.access import MemoryAccess
+from migrate.dataplane.memory import MmapAccess, ProcessMemoryAccess
+from migrate.engine import cgroup, control, criu_tree, procfs
+from migrate.engine.criu_document import CriuDocument
+from migrate.engine.criu_dump import Dump, kfd_processes
+from migrate.engine.criu_restore import Restoration
+from migrate.engine.criu_tree import Trees
+from migrate.engine.seam import Blob, Blocker, CpuImage, CpuRange, Survey, T, Visitor
+from migrate.engine.tracing import traced
+from migrate.errors import (
+    CgroupUnusable,
+    CheckpointFailed,
+    EngineUnsupported,
+    FrameRejected,
+    NoSuchProcess,
+)
+from migrate.kfd.sysfs import read_topology
+from migrate.model import GpuMap, HostPaths, ProcessRef
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+HOOK = "hook"  # folder of the compiled hook in the run directory
+
+
+class CriuEngine:
+    """``ProcessEngine`` of one host. What counts is in cgroups and the run directory."""
+
+    name = "criu"
+    can_hide_gpus = False
+
+    def __init__(self, paths: HostPaths, *, criu: str = "criu") -> None:
+        self._paths = paths
+        self._criu = criu
+        self._run = Path(paths.run) / "criu"
+        self._hooks = Path(paths.run) / HOOK
+        self._trees = Trees(paths)
+        self._lock = threading.Lock()
+        self._dumps: dict[ProcessRef, Dump] = {}
+
+    # ------------------------------------------------------------ looking
+
+    def survey(self, pid: int) -> Survey:
+        """See ProcessEngine."""
+        process = procfs.reference(pid)
+        return Survey(
+            process=process,
+            command=procfs.command(pid),
+            uid=procfs.uid(pid),
+            kfd_processes=tuple(kfd_processes(pid, self._paths)),
+            cpu_bytes=sum(procfs.resident_bytes(one) for one in criu_tree.tree(pid)),
+            blockers=tuple(self._blockers()),
+        )
+
+    def _blockers(self) -> list[Blocker]:
+        found = []
+        try:
+            cgroup.ours("").create()
+        except CgroupUnusable as error:
+            found.append(error)
+        return [Blocker(reason=e.reason, message=e.message, advice=e.hint) for e in found]
+
+    # ------------------------------------------------------------ source
+
+    def snapshot(self, process: ProcessRef, visit: Visitor[T]) -> T:
+        """See ProcessEngine."""
+        return self._traced(process, visit, leave_paused=False)
+
+    def freeze(self, process: ProcessRef) -> CpuImage:
+        """See ProcessEngine. Raises CgroupUnusable, FreezeTimeout."""
+        if not procfs.is_alive(process):
+            raise NoSuchProcess(f"process {process.pid} has ended")
+        self._trees.gather(process)
+        return CpuImage(engine=self.name, state=b"", ranges=())
+
+    def dump(self, process: ProcessRef, visit: Visitor[T]) -> T:
+        """See ProcessEngine."""
+        group = self._trees.group(process)
+        if group is None or not group.is_frozen:
+            raise CheckpointFailed(f"process {process.pid} is not frozen")
+        folder = self._folder(f"dump-{process.pid}-{process.start_time}")
+        dump = Dump(self._criu, self._hooks, self._paths, process, group, folder)
+        with self._lock:
+            self._dumps[process] = dump
+        return dump.visit(visit)
+
+    def finish_dump(self, process: ProcessRef, image: CpuImage) -> CpuImage:
+        """See ProcessEngine."""
+        return self._dump_of(process).finish(image)
+
+    def visit_frozen(self, process: ProcessRef, visit: Visitor[T]) -> T:
+        """See ProcessEngine. If *visit* raises, queues it left paused are started again."""
+        self._end_dump(process)
+        return self._traced(process, visit, leave_paused=True)
+
+    def _traced(self, process: ProcessRef, visit: Visitor[T], *, leave_paused: bool) -> T:
+        if not procfs.is_alive(process):
+            raise NoSuchProcess(f"process {process.pid} has ended")
+        pids = kfd_processes(process.pid, self._paths)
+        if not pids:
+            return visit([])
+        with traced(process, self._paths, pids=pids, leave_paused=leave_paused) as kfd:
+            return visit(kfd)
+
+    def memory(self, process: ProcessRef, wanted: CpuRange) -> MemoryAccess:
+        """See ProcessEngine."""
+        return ProcessMemoryAccess(wanted.pid, wanted.address, wanted.length)
+
+    def blob(self, process: ProcessRef, wanted: Blob) -> MemoryAccess:
+        """See ProcessEngine."""
+        return _file(self._dump_of(process).images / _checked(wanted.name), wanted.size, "rb")
+
+    def thaw(self, process: ProcessRef) -> None:
+        """See ProcessEngine. Also releases a held process at the destination."""
+        self._end_dump(process)
+        if procfs.is_alive(process):
+            self._trees.release(process)
+        else:
+            self._trees.end(process)
+
+    def _dump_of(self, process: ProcessRef) -> Dump:
+        with self._lock:
+            found = self._dumps.get(process)
+        if found is None:
+            raise CheckpointFailed(f"process {process.pid} is not being dumped")
+        return found
+
+    def _end_dump(self, process: ProcessRef) -> None:
+        """No dump is under way after it, and no images are left."""
+        with self._lock:
+            dump = self._dumps.pop(process, None)
+        if dump is not None:
+            dump.give_up()
+            shutil.rmtree(dump.images, ignore_errors=True)
+
+    # ------------------------------------------------------------ destination
+
+    def receive(self, migration: str, coming: Blob) -> MemoryAccess:
+        """See ProcessEngine. Raises FrameRejected for a name that is none of CRIU's."""
+        images = self._folder(migration) / "images"
+        images.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return _file(images / _checked(coming.name), coming.size, "w+b")
+
+    def restore(self, image: CpuImage, migration: str, gpu_map: GpuMap) -> Restoration:
+        """See ProcessEngine. Raises RestoreFailed, CriuUnusable, CgroupUnusable."""
+        if image.engine != self.name:
+            raise EngineUnsupported(f"the image is one of the engine {image.engine}")
+        document = CriuDocument.decode(image.state)
+        minors = {}
+        if document.kfd:
+            topology = read_topology(self._paths.topology)
+            minors = {gpu.gpu_id: gpu.drm_render_minor for gpu in topology.gpus}
+        held = Restoration(
+            self._criu,
+            self._hooks,
+            self._paths,
+            document,
+            migration,
+            self._folder(migration),
+            minors,
+            gpu_map,
+        )
+        try:
+            held.await_tasks()
+        except BaseException:
+            held.abandon()
+            raise
+        return held
+
+    def discard(self, migration: str) -> None:
+        """See ProcessEngine. CRIU's logs stay."""
+        shutil.rmtree(self._folder(migration) / "images", ignore_errors=True)
+
+    # ------------------------------------------------------------ both
+
+    def kill(self, process: ProcessRef) -> None:
+        """See ProcessEngine: the whole tree."""
+        self._trees.end(process)
+        self._end_dump(process)
+        control.kill(process)
+
+    def is_alive(self, process: ProcessRef) -> bool:
+        """See ProcessEngine."""
+        return procfs.is_alive(process)
+
+    def is_frozen(self, process: ProcessRef) -> bool:
+        """See ProcessEngine."""
+        group = self._trees.group(process)
+        if group is None or not procfs.is_alive(process):
+            return False
+        pids = set(group.processes())
+        return group.is_frozen and pids.issuperset(criu_tree.tree(process.pid))
+
+    def _folder(self, name: str) -> Path:
+        return self._run / _checked(name)
+
+
+def _checked(name: str) -> str:
+    """A name from the peer, as a file's. Raises FrameRejected."""
+    if not _NAME.fullmatch(name):
+        raise FrameRejected(f"{name!r} is no name of an image")
+    return name
+
+
+def _file(path: Path, size: int, mode: str) -> MmapAccess:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open(mode))
+        if "w" in mode:
+            file.truncate(size)
+        return MmapAccess(os.dup(file.fileno()), size)

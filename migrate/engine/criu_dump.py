@@ -1,0 +1,263 @@
+"""One dump by CRIU: the tree is in our cgroup and frozen, and stays so when CRIU is done.
+
+CRIU finds the cgroup frozen, seizes all tasks, lets the group thaw while it works (its
+parasites have to run), and before it lets go of the tasks it freezes the group again,
+because it found it so (criu/seize.c). The dump is told to leave the tasks running: then
+"running" is "frozen in our group", nothing of CRIU is left at the handover, and no answer
+that somebody owes CRIU can thaw the source.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from migrate.criu.rpc import CriuOptions, Notification, RequestType, Swrk, criu_version, last_errors
+from migrate.engine import criu_tree
+from migrate.engine.cgroup import Cgroup
+from migrate.engine.criu_document import (
+    DRM_MAJOR,
+    KFD,
+    CriuDocument,
+    DeviceFile,
+    Task,
+    device_mappings,
+    minor_to_gpu,
+)
+from migrate.engine.criu_hooks import HookServer
+from migrate.engine.hook import SOCKET_VARIABLE, Hook, HookCall, Stage, Verdict
+from migrate.engine.seam import Blob, CpuImage, T, Visitor
+from migrate.engine.tracing import guard
+from migrate.errors import CheckpointFailed, MigrateError
+from migrate.kfd.file import find_kfd_fds
+from migrate.kfd.process import KfdProcess
+from migrate.kfd.sysfs import read_processes, read_topology
+from migrate.model import HostPaths, ProcessRef
+
+_log = logging.getLogger(__name__)
+LIBRARIES_VARIABLE = "CRIU_LIBS_DIR"  # where CRIU looks for plugins; its RPC has no field for it
+UNSUPPORTED = Verdict(value=-errno.ENOTSUP)
+
+
+class Dump:
+    """A dump under way. ``visit`` once, then ``finish``; or ``give_up`` at any time."""
+
+    def __init__(
+        self,
+        criu: str,
+        hooks: Path,
+        paths: HostPaths,
+        process: ProcessRef,
+        group: Cgroup,
+        folder: Path,
+    ) -> None:
+        """Start it; CRIU is at work when this returns. Raises CriuUnusable, OSError."""
+        self.process = process
+        self.images = folder / "images"
+        self._work = folder
+        self._paths = paths
+        self._group = group
+        self._kfd = kfd_processes(process.pid, paths)
+        self._guard = guard(paths) if self._kfd else None
+        self._kfd_rdev = os.stat(paths.kfd).st_rdev if self._kfd else -1
+        self._render_nodes = (
+            {gpu.gpu_id: gpu.drm_render_minor for gpu in read_topology(paths.topology).gpus}
+            if self._kfd
+            else {}
+        )
+        self._files: dict[int, DeviceFile] = {}
+        self._tasks: tuple[Task, ...] = ()
+        self._state = threading.Condition()
+        self._hook_came = False
+        self._paused: list[KfdProcess] | None = None  # to be visited now
+        self._visited = False
+        self._failed: MigrateError | None = None
+        self._done = False
+        shutil.rmtree(folder, ignore_errors=True)
+        self.images.mkdir(parents=True, mode=0o700)
+        self._server = HookServer(folder / "hook", self._answer)
+        environment = {
+            SOCKET_VARIABLE: str(self._server.path),
+            LIBRARIES_VARIABLE: str(hooks),
+        }
+        self._version = criu_version(criu)
+        self._swrk = Swrk(criu, environment)
+        self._thread = threading.Thread(target=self._run, name="criu-dump", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------ for the engine
+
+    def visit(self, visit: Visitor[T]) -> T:
+        """Wait until CRIU holds all tasks, then let *visit* speak to KFD. Raises what it does."""
+        with self._state:
+            self._wait(lambda: self._paused is not None)
+            kfd = self._paused
+            assert kfd is not None
+        try:
+            found = visit(kfd)
+        except BaseException:
+            for process in kfd:
+                _unpause(process)
+            self.give_up()
+            raise
+        with self._state:
+            self._visited = True
+            self._state.notify_all()
+        return found
+
+    def finish(self, image: CpuImage) -> CpuImage:
+        """Wait for CRIU's end; the tree is frozen in its group again. Raises CheckpointFailed."""
+        self._thread.join()
+        self._close()
+        if self._failed is not None:
+            raise self._failed
+        if not self._group.is_frozen:
+            raise CheckpointFailed(f"criu left {self._group.path} thawed")
+        document = CriuDocument(
+            root=self.process.pid,
+            kfd=tuple(self._kfd),
+            tasks=self._tasks,
+            files=tuple(self._files.values()),
+            render_nodes=self._render_nodes,
+            criu=self._version,
+        )
+        blobs = tuple(
+            Blob(name=path.name, size=path.stat().st_size)
+            for path in sorted(self.images.iterdir())
+            if path.is_file()
+        )
+        return CpuImage(engine=image.engine, state=document.encode(), ranges=(), blobs=blobs)
+
+    def give_up(self) -> None:
+        """End CRIU, which lets go of the tasks into the frozen group. Idempotent."""
+        with self._state:
+            if self._failed is None and not self._done:
+                self._failed = CheckpointFailed("the dump was given up")
+            self._state.notify_all()
+        self._server.close()
+        self._swrk.close()
+        self._thread.join()
+        self._close()
+
+    def _close(self) -> None:
+        self._server.close()
+        self._swrk.close()
+
+    # ------------------------------------------------------------ CRIU's thread
+
+    def _run(self) -> None:
+        options = CriuOptions(
+            images=str(self.images),
+            work=str(self._work),
+            log="dump.log",
+            pid=self.process.pid,
+            freeze_cgroup=str(self._group.path),
+        )
+        try:
+            response = self._swrk.request(RequestType.DUMP, options, self._notified)
+            error = None
+            if not response.success:
+                error = CheckpointFailed(f"criu dump failed: {self._why(response.message)}")
+            elif not self._visited:
+                error = CheckpointFailed("criu has dumped without asking the hook")
+        except MigrateError as failure:
+            error = CheckpointFailed(f"criu dump: {failure.message}; {self._why('')}")
+        with self._state:
+            self._failed = self._failed or error
+            self._done = True
+            self._state.notify_all()
+
+    def _notified(self, notification: Notification) -> bool:
+        _log.debug("criu: %s", notification.script)
+        return self._failed is None
+
+    def _why(self, said: str) -> str:
+        hook = f"{self._server.error}; " if self._server.error is not None else ""
+        return hook + (last_errors(self._work / "dump.log") or said or "its log says no more")
+
+    def _wait(self, condition: Callable[[], Any]) -> None:
+        while not condition():
+            if self._failed is not None or self._done:
+                raise self._failed or CheckpointFailed("criu ended before it held the process")
+            self._state.wait()
+
+    # ------------------------------------------------------------ the hook's threads
+
+    def _answer(self, call: HookCall) -> Verdict:
+        match call.event.hook:
+            case Hook.CHECKPOINT_DEVICES if call.event.stage is Stage.DUMP:
+                self._checkpoint(call)
+            case Hook.DUMP_EXT_FILE:
+                return self._dump_file(call)
+            case Hook.HANDLE_DEVICE_VMA:
+                return Verdict() if self._gpu_of(call) is not None else UNSUPPORTED
+        return Verdict()
+
+    def _checkpoint(self, call: HookCall) -> None:
+        """The first of these: every task is stopped, and CRIU waits for us."""
+        if self._visited:
+            return
+        self._tasks = tuple(
+            Task(pid=pid, mappings=mappings)
+            for pid in criu_tree.tree(self.process.pid)
+            if (mappings := device_mappings(Path(f"/proc/{pid}/maps").read_text(), self._devices()))
+        )
+        taken = {pid: call.take_fd(pid, find_kfd_fds(pid, self._paths)[0]) for pid in self._kfd}
+        with self._state:
+            self._paused = [
+                KfdProcess(call.file(number), pid, before_pause=self._guard)
+                for pid, number in taken.items()
+            ]
+            self._state.notify_all()
+            while not self._visited:
+                if self._failed is not None:
+                    raise self._failed
+                self._state.wait()
+        for number in taken.values():
+            call.close(number)  # one that stays open would keep a dead process's VRAM
+
+    def _devices(self) -> list[int]:
+        return [
+            self._kfd_rdev,
+            *(os.makedev(DRM_MAJOR, minor) for minor in self._render_nodes.values()),
+        ]
+
+    def _dump_file(self, call: HookCall) -> Verdict:
+        gpu = self._gpu_of(call)
+        if gpu is None:
+            return UNSUPPORTED
+        self._files[call.event.id] = DeviceFile(id=call.event.id, gpu_id=gpu)
+        return Verdict()
+
+    def _gpu_of(self, call: HookCall) -> int | None:
+        rdev = call.event.rdev
+        if not stat.S_ISCHR(call.event.mode):
+            return None
+        if rdev == self._kfd_rdev:
+            return KFD
+        if os.major(rdev) != DRM_MAJOR:
+            return None
+        return minor_to_gpu(self._render_nodes).get(os.minor(rdev))
+
+
+def kfd_processes(root: int, paths: HostPaths) -> list[int]:
+    """Pids of the tree below *root* that are KFD processes, the root's first.
+
+    A child that only inherited the file is none: the driver knows processes by their memory.
+    """
+    known = {usage.pid for usage in read_processes(paths)}
+    return [pid for pid in criu_tree.tree(root) if pid in known and find_kfd_fds(pid, paths)]
+
+
+def _unpause(process: KfdProcess) -> None:
+    try:
+        process.unpause_if_paused()
+    except (MigrateError, OSError) as error:
+        _log.warning("process %d stays paused for now: %s", process.pid, error)

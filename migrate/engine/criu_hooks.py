@@ -1,0 +1,83 @@
+"""Where the hook inside CRIU calls: one socket, a thread for each of its connections."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from pathlib import Path
+
+from migrate.engine.hook import Handler, HookCall, Verdict, serve
+from migrate.errors import MigrateError
+
+_log = logging.getLogger(__name__)
+_SHUT = OSError, ValueError
+
+
+class HookServer:
+    """Answers the hook of one CRIU with *handler*, until ``close``.
+
+    What *handler* raises hangs up on the hook, which then undoes and fails the dump or the
+    restore; ``error`` is the first of it.
+    """
+
+    def __init__(self, path: Path, handler: Handler) -> None:
+        """Listen at *path*. Raises OSError."""
+        self.path = path
+        self.error: BaseException | None = None
+        self._handler = handler
+        self._lock = threading.Lock()
+        self._channels: set[socket.socket] = set()
+        self._closed = False
+        path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        os.chmod(path, 0o600)
+        self._listener.listen(64)
+        threading.Thread(target=self._accept, name="hook-accept", daemon=True).start()
+
+    def close(self) -> None:
+        """Hang up on everybody. Idempotent."""
+        with self._lock:
+            self._closed = True
+            channels, self._channels = self._channels, set()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for channel in channels:
+            with contextlib.suppress(OSError):
+                channel.shutdown(socket.SHUT_RDWR)
+        self.path.unlink(missing_ok=True)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                channel, _ = self._listener.accept()
+            except _SHUT:
+                return
+            with self._lock:
+                if self._closed:
+                    channel.close()
+                    return
+                self._channels.add(channel)
+            threading.Thread(
+                target=self._serve, args=(channel,), name="hook-serve", daemon=True
+            ).start()
+
+    def _serve(self, channel: socket.socket) -> None:
+        try:
+            serve(channel, self._answer)
+        except (MigrateError, OSError) as error:
+            if not self._closed and self.error is None:
+                self.error = error
+                _log.warning("a hook of criu was refused: %s", error)
+        finally:
+            with self._lock:
+                self._channels.discard(channel)
+            channel.close()
+
+    def _answer(self, call: HookCall) -> Verdict:
+        _log.debug("hook %s task %d pid %d", call.event.hook.name, call.event.task, call.event.pid)
+        return self._handler(call)

@@ -53,11 +53,10 @@ class CriuOptions(Value):
     auto_dedup: bool = False
     ghost_limit: int = 64 << 20  # bytes of a deleted file that goes into the images
 
-    def encode(self, work_dir_fd: int) -> bytes:
-        """The message criu_opts."""
+    def encode(self, images_dir_fd: int, work_dir_fd: int) -> bytes:
+        """The message criu_opts; CRIU looks the fds up in the folder of our pid in /proc."""
         fields: dict[int, protobuf.Scalar] = {
-            1: -1,  # images_dir_fd: use images_dir
-            68: self.images,
+            1: images_dir_fd,
             17: work_dir_fd,
             9: 4,  # log_level
             10: self.log,
@@ -128,9 +127,13 @@ class Swrk:
         with contextlib.ExitStack() as stack:
             fields: dict[int, protobuf.Scalar] = {1: kind}
             if options is not None:
-                work = os.open(options.work, os.O_DIRECTORY | os.O_CLOEXEC)
-                stack.callback(os.close, work)
-                fields[2] = options.encode(work)
+                folders = [
+                    os.open(path, os.O_DIRECTORY | os.O_CLOEXEC)
+                    for path in (options.images, options.work)
+                ]
+                for folder in folders:
+                    stack.callback(os.close, folder)
+                fields[2] = options.encode(*folders)
             self._send(encode(fields))
             while True:
                 message = self._receive()

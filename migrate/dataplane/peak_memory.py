@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from migrate.model import Value
 
 INTERVAL = 0.25  # seconds
+SHARE = 20  # times a look takes pass at least until the next
 _HEAD = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ *(.*)$")
 _BO_NAMES = ("/memfd:", "/dmabuf:", "/dev/dri/", "anon_inode:dmabuf")
 
@@ -124,8 +126,12 @@ class PeakMemory:
         return self._peak
 
     def _run(self) -> None:
-        while not self._ended.wait(self._interval):
+        pause = self._interval
+        while not self._ended.wait(pause):
+            began = time.monotonic()
             self._sample()
+            # A look holds the interpreter: on a slow host it comes less often.
+            pause = max(self._interval, SHARE * (time.monotonic() - began))
 
     def _sample(self) -> None:
         now = sample(self._staging(), exclude=self._exclude)

@@ -27,8 +27,6 @@ from migrate.engine.criu_document import (
     KFD,
     CriuDocument,
     DeviceFile,
-    Task,
-    device_mappings,
     minor_to_gpu,
 )
 from migrate.engine.criu_hooks import HookServer
@@ -73,9 +71,7 @@ class Dump:
             else {}
         )
         self._files: dict[int, DeviceFile] = {}
-        self._tasks: tuple[Task, ...] = ()
         self._state = threading.Condition()
-        self._hook_came = False
         self._paused: list[KfdProcess] | None = None  # to be visited now
         self._visited = False
         self._failed: MigrateError | None = None
@@ -123,7 +119,6 @@ class Dump:
         document = CriuDocument(
             root=self.process.pid,
             kfd=tuple(self._kfd),
-            tasks=self._tasks,
             files=tuple(self._files.values()),
             render_nodes=self._render_nodes,
             criu=self._version,
@@ -204,11 +199,6 @@ class Dump:
         """The first of these: every task is stopped, and CRIU waits for us."""
         if self._visited:
             return
-        self._tasks = tuple(
-            Task(pid=pid, mappings=mappings)
-            for pid in criu_tree.tree(self.process.pid)
-            if (mappings := device_mappings(Path(f"/proc/{pid}/maps").read_text(), self._devices()))
-        )
         taken = {pid: call.take_fd(pid, find_kfd_fds(pid, self._paths)[0]) for pid in self._kfd}
         with self._state:
             self._paused = [
@@ -222,12 +212,6 @@ class Dump:
                 self._state.wait()
         for number in taken.values():
             call.close(number)  # one that stays open would keep a dead process's VRAM
-
-    def _devices(self) -> list[int]:
-        return [
-            self._kfd_rdev,
-            *(os.makedev(DRM_MAJOR, minor) for minor in self._render_nodes.values()),
-        ]
 
     def _dump_file(self, call: HookCall) -> Verdict:
         gpu = self._gpu_of(call)

@@ -269,9 +269,9 @@ class Restoration:
             length=0,
         )
         new = moved(old, tuple(self._gpus), tuple(self._bos))
-        fd = -1
-        if gpu != KFD and self._is_fresh(event.task, event.address):
-            fd = self._nodes.give(call, self._node_path(gpu))
+        # CRIU gives each mapping of a device a file entry of its own, so an fd given for one
+        # is always used for it, and closed (fd_id_generate_special in criu/file-ids.c).
+        fd = self._nodes.give(call, self._node_path(gpu)) if gpu != KFD else -1
         return Verdict(value=1, fd=fd, new_offset=new.offset)
 
     def _source_gpu(self, path: str) -> int:
@@ -290,15 +290,6 @@ class Restoration:
         if gpu is None or gpu not in self._minors:
             raise RestoreFailed(f"GPU {source_gpu} of the source is not mapped to one here")
         return f"{self._paths.dri}/renderD{self._minors[gpu]}"
-
-    def _is_fresh(self, pid: int, address: int) -> bool:
-        return any(
-            mapping.fresh
-            for task in self._document.tasks
-            if task.pid == pid
-            for mapping in task.mappings
-            if mapping.address == address
-        )
 
     def _hold(self) -> None:
         """Freeze the group: every task is stopped by CRIU now, and will detach into it."""

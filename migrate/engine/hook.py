@@ -72,8 +72,7 @@ class HookEvent(Value):
 class Verdict(Value):
     """What a hook returns to CRIU; *new_offset* and *fd* count in UPDATE_VMA_MAP only.
 
-    *fd* is a number of the task (``HookCall.open``). If the next VMA has the same file
-    CRIU does not use it, and it leaks: give it only once.
+    *fd* is a number of the task (``HookCall.open``); CRIU maps it and closes it.
     """
 
     value: int = 0

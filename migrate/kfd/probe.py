@@ -20,7 +20,7 @@ from migrate.kfd.privdata import BO_RECORDS, kfd_criu_device_priv_data, kfd_criu
 from migrate.kfd.sysfs import read_topology
 from migrate.model import HostPaths
 
-TIMEOUT = 20.0  # seconds for the child
+TIMEOUT = 120.0  # seconds for the child; an emulated host takes its time
 PAGE = 4096
 VA = 0x4000_0000_0000  # an address no library maps; the buffer is never mapped by a CPU
 
@@ -32,7 +32,10 @@ def bo_record_size(paths: HostPaths) -> int:
         raise KfdUnavailable(f"{paths.topology} shows no GPU")
     command = [sys.executable, "-m", "migrate.kfd.probe", paths.kfd, paths.dri]
     command += [f"{gpu.drm_render_minor}={gpu.gpu_id}" for gpu in gpus]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise KfdUnavailable(f"probing {paths.kfd}: no answer in {TIMEOUT:g} s") from error
     if done.returncode != 0 or not done.stdout.strip().isdecimal():
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise KfdUnavailable(f"probing {paths.kfd}: {last}")

@@ -116,7 +116,7 @@ class GrpcPeer:
             options=msgspec.json.encode(options),
         )
         with self._lost():
-            reply = self._stub().Reserve(request, timeout=3 * SHORT)
+            reply = self._stub().Reserve(request, timeout=RESTORE_BASE)
         host, _ = split_address(self.address)
         return Reservation(
             store_id=reply.store_id,

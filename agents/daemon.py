@@ -17,10 +17,10 @@ import grpc
 
 from agents.config import AgentConfig
 from agents.destination import Destinations
+from agents.engines import ready_engine
 from agents.health import Health
 from agents.logs import use_json_lines
 from agents.notify import Notifier
-from agents.engines import ready_engine
 from agents.operator_servicer import OperatorServicer
 from agents.peer_servicer import PeerServicer
 from agents.source import Sources

@@ -210,7 +210,7 @@ class Client:
         wire = agent_pb2.RunRequest(
             pid=request.pid,
             destination=target.name,
-            destination_address=target.address,
+            destination_address=target.peer_address or target.address,
             # A call that gRPC repeats on its own must not start a second one either.
             idempotency_key=request.idempotency_key or secrets.token_hex(16),
             options=msgspec.json.encode(request.options),

@@ -21,6 +21,7 @@ from migrate.errors import CriuUnusable
 from migrate.model import Value
 
 _PACKET = 1 << 20  # bytes; the largest message that CRIU sends is a few KiB
+GHOST_LIMIT = 64 << 20  # bytes of a deleted file that goes into the images
 EXIT_TIMEOUT = 20.0  # seconds that CRIU has to end once it is hung up on
 
 
@@ -51,7 +52,7 @@ class CriuOptions(Value):
     tcp_established: bool = False
     tcp_close: bool = False
     auto_dedup: bool = False
-    ghost_limit: int = 64 << 20  # bytes of a deleted file that goes into the images
+    ghost_limit: int = GHOST_LIMIT
 
     def encode(self, images_dir_fd: int, work_dir_fd: int) -> bytes:
         """The message criu_opts; CRIU looks the fds up in the folder of our pid in /proc."""

@@ -13,6 +13,7 @@ import shutil
 import threading
 from pathlib import Path
 
+from migrate.criu.rpc import GHOST_LIMIT
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import MmapAccess, ProcessMemoryAccess
 from migrate.engine import cgroup, control, criu_tree, procfs
@@ -31,6 +32,8 @@ from migrate.errors import (
 )
 from migrate.kfd.sysfs import read_topology
 from migrate.model import GpuMap, HostPaths, ProcessRef
+from migrate.preflight.collect import whole_tree
+from migrate.preflight.facts import Facts
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 HOOK = "hook"  # folder of the compiled hook in the run directory
@@ -41,6 +44,7 @@ class CriuEngine:
 
     name = "criu"
     can_hide_gpus = False
+    ways_out: frozenset[str] = frozenset()
 
     def __init__(self, paths: HostPaths, *, criu: str = "criu") -> None:
         self._paths = paths
@@ -72,6 +76,10 @@ class CriuEngine:
         except CgroupUnusable as error:
             found.append(error)
         return [Blocker(reason=e.reason, message=e.message, advice=e.hint) for e in found]
+
+    def facts(self, process: ProcessRef) -> Facts:
+        """See ProcessEngine."""
+        return whole_tree(criu_tree.tree(process.pid), self._paths, ghost_limit=GHOST_LIMIT)
 
     # ------------------------------------------------------------ source
 

@@ -66,6 +66,31 @@ def serve(settings: Settings, config: Path, ready_fd: int | None) -> None:
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
+@agent_command.command("build-hook")
+@click.option(
+    "--out",
+    type=FOLDER,
+    default=Path("/run/migrate/hook"),
+    show_default=True,
+    help="Folder of the hook; an agent's is `hook` in its run directory.",
+)
+@click.option(
+    "--include",
+    type=FOLDER,
+    default=Path("/usr/include"),
+    show_default=True,
+    help="Folder with criu/criu-plugin.h of the very CRIU that shall load the hook.",
+)
+@click.pass_obj
+def build_hook(settings: Settings, out: Path, include: Path) -> None:
+    """Compile the hook inside CRIU, which the criu engine needs.
+
+    An agent does it when it starts; this is for seeing why it can't, or for another CRIU.
+    """
+    target = importlib.import_module("agents.hook").build_hook(out, include=include)
+    settings.output.text(str(target))
+
+
 @agent_command.command("enroll")
 @click.argument("ca", metavar="CA_HOST:PORT")
 @click.option(

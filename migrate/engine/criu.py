@@ -6,8 +6,6 @@ everything else: see criu_dump and criu_restore for what CRIU does meanwhile. Ne
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import shutil
 import threading
@@ -15,12 +13,13 @@ from pathlib import Path
 
 from migrate.criu.rpc import GHOST_LIMIT
 from migrate.dataplane.access import MemoryAccess
-from migrate.dataplane.memory import MmapAccess, ProcessMemoryAccess
+from migrate.dataplane.memory import ProcessMemoryAccess
 from migrate.engine import cgroup, control, criu_tree, procfs
 from migrate.engine.criu_document import CriuDocument
 from migrate.engine.criu_dump import Dump, kfd_processes
 from migrate.engine.criu_restore import Restoration
 from migrate.engine.criu_tree import Trees
+from migrate.engine.image_file import ImageFile
 from migrate.engine.seam import Blob, Blocker, CpuImage, CpuRange, Survey, T, Visitor
 from migrate.engine.tracing import traced
 from migrate.errors import (
@@ -129,7 +128,7 @@ class CriuEngine:
 
     def blob(self, process: ProcessRef, wanted: Blob) -> MemoryAccess:
         """See ProcessEngine."""
-        return _file(self._dump_of(process).images / _checked(wanted.name), wanted.size, "rb")
+        return ImageFile(self._dump_of(process).images / _checked(wanted.name), wanted.size)
 
     def thaw(self, process: ProcessRef) -> None:
         """See ProcessEngine. Also releases a held process at the destination."""
@@ -138,6 +137,10 @@ class CriuEngine:
             self._trees.release(process)
         else:
             self._trees.end(process)
+
+    def criu_pid(self, process: ProcessRef) -> int:
+        """Pid of the CRIU that dumps it. Raises CheckpointFailed."""
+        return self._dump_of(process).criu_pid
 
     def _dump_of(self, process: ProcessRef) -> Dump:
         with self._lock:
@@ -160,7 +163,7 @@ class CriuEngine:
         """See ProcessEngine. Raises FrameRejected for a name that is none of CRIU's."""
         images = self._folder(migration) / "images"
         images.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return _file(images / _checked(coming.name), coming.size, "w+b")
+        return ImageFile(images / _checked(coming.name), coming.size, create=True)
 
     def restore(self, image: CpuImage, migration: str, gpu_map: GpuMap) -> Restoration:
         """See ProcessEngine. Raises RestoreFailed, CriuUnusable, CgroupUnusable."""
@@ -221,11 +224,3 @@ def _checked(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise FrameRejected(f"{name!r} is no name of an image")
     return name
-
-
-def _file(path: Path, size: int, mode: str) -> MmapAccess:
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(path.open(mode))
-        if "w" in mode:
-            file.truncate(size)
-        return MmapAccess(os.dup(file.fileno()), size)

@@ -90,6 +90,11 @@ class Dump:
 
     # ------------------------------------------------------------ for the engine
 
+    @property
+    def criu_pid(self) -> int:
+        """Pid of CRIU."""
+        return self._swrk.process.pid
+
     def visit(self, visit: Visitor[T]) -> T:
         """Wait until CRIU holds all tasks, then let *visit* speak to KFD. Raises what it does."""
         with self._state:

@@ -110,6 +110,11 @@ class Restoration:
         self._trees.write(self.process, TreeRecord(group=self._group_name))
 
     @property
+    def criu_pid(self) -> int:
+        """Pid of CRIU."""
+        return self._swrk.process.pid
+
+    @property
     def kfd(self) -> Sequence[KfdProcess]:
         """Its KFD processes in the order of the checkpoints; ioctls run in each of them."""
         return [KfdProcess(self._waiting[pid], pid) for pid in self._document.kfd]

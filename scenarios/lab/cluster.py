@@ -42,7 +42,7 @@ LOG = "/var/log/migrate-agent.log"
 PID_FILE = "/run/migrate-agent.pid"
 SPAWNED = "/run/spawned"
 READY = "/run/migrate-agent.ready"
-START_SECONDS = 240.0  # an emulated guest compiles the hook and imports slowly
+START_SECONDS = 900.0  # an emulated guest compiles the hook and imports slowly
 MIGRATE_SECONDS = 600.0
 
 

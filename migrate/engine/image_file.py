@@ -1,0 +1,50 @@
+"""``MemoryAccess`` to a file of CRIU's, by pread and pwrite: nothing of it is mapped here."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+
+class ImageFile:
+    """*size* bytes of the file at *path*; *create*: a new file of zeros, sparse."""
+
+    def __init__(self, path: Path, size: int, *, create: bool = False) -> None:
+        """Raises OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC if create else os.O_RDONLY
+        self._fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self.size = size
+        if create:
+            os.ftruncate(self._fd, size)
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        """Always None: it is read where it is needed."""
+        return None
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """See MemoryAccess. EFAULT where the file has ended."""
+        self._check(offset, len(into))
+        done = 0
+        while done < len(into):
+            count = os.preadv(self._fd, [into[done:]], offset + done)
+            if not count:
+                raise OSError(errno.EFAULT, f"the file ends before {offset + done:#x}")
+            done += count
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """See MemoryAccess."""
+        self._check(offset, len(data))
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._fd, data[done:], offset + done)
+
+    def close(self) -> None:
+        """Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _check(self, offset: int, length: int) -> None:
+        if offset < 0 or offset + length > self.size:
+            raise OSError(errno.EINVAL, f"bytes {offset:#x} + {length:#x} of {self.size:#x}")

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -24,6 +24,7 @@ from migrate.criu.rpc import criu_version
 from migrate.engine import cgroup, procfs
 from migrate.engine.criu import HOOK, CriuEngine
 from migrate.errors import CgroupUnusable, CheckpointFailed, CriuUnusable
+from migrate.kfd.process import KfdProcess
 from migrate.model import HostPaths, ProcessRef
 
 CRIU = os.environ.get("MIGRATE_CRIU", "criu")
@@ -130,10 +131,14 @@ def job(tmp_path: Path, engine: CriuEngine) -> Iterator[Job]:
     started.process.wait()
 
 
+def count(kfd: Sequence[KfdProcess]) -> int:
+    return len(kfd)
+
+
 def dumped(engine: CriuEngine, job: Job) -> None:
     """The job is frozen and dumped; its image is where the copy looks for it."""
     image = engine.freeze(job.ref)
-    assert engine.dump(job.ref, len) == 0
+    assert engine.dump(job.ref, count) == 0
     image = engine.finish_dump(job.ref, image)
     blobs = job.folder / "blobs"
     blobs.mkdir()
@@ -215,7 +220,7 @@ def test_criu_killed_in_the_dump_leaves_the_tree_frozen_or_running_never_gone(
 ) -> None:
     engine.freeze(job.ref)
 
-    def strike(_: object) -> None:
+    def strike(kfd: Sequence[KfdProcess]) -> None:
         os.kill(engine.criu_pid(job.ref), 9)
 
     with contextlib.suppress(CheckpointFailed):
@@ -239,7 +244,7 @@ def test_criu_killed_in_the_restore_leaves_no_copy(engine: CriuEngine, job: Job)
 def test_a_visitor_that_fails_gives_the_dump_up(engine: CriuEngine, job: Job) -> None:
     engine.freeze(job.ref)
 
-    def fail(_: object) -> None:
+    def fail(kfd: Sequence[KfdProcess]) -> None:
         raise KeyError("no")
 
     with pytest.raises(KeyError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -113,16 +114,16 @@ def test_messages_are_protobuf() -> None:
     file = descriptor_pb2.FileDescriptorProto(name="t.proto", package="t", syntax="proto2")
     message = file.message_type.add(name="M")
     field = descriptor_pb2.FieldDescriptorProto
-    for number, kind, label in (
+    for number, type_, label in (
         (1, field.TYPE_INT32, field.LABEL_OPTIONAL),
         (20, field.TYPE_BOOL, field.LABEL_OPTIONAL),
         (68, field.TYPE_STRING, field.LABEL_OPTIONAL),
         (25, field.TYPE_BYTES, field.LABEL_REPEATED),
     ):
-        message.field.add(name=f"f{number}", number=number, type=kind, label=label)
+        message.field.add(name=f"f{number}", number=number, type=type_, label=label)
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    kind = message_factory.GetMessageClass(pool.FindMessageTypeByName("t.M"))
+    kind: Any = message_factory.GetMessageClass(pool.FindMessageTypeByName("t.M"))
     ours = protobuf.encode({1: -1, 20: True, 68: "/run/ä", 25: [b"a", b"b" * 300]})
     theirs = kind.FromString(ours)
     assert (theirs.f1, theirs.f20, theirs.f68) == (-1, True, "/run/ä")

@@ -21,7 +21,7 @@ help:
 	@echo 'make drills    every drill, with a page of pictures in $(DRILLS)'
 	@echo 'make lab       the tests against the real driver in virtual GPU hosts'
 	@echo 'make hardware  what a machine with real cards can prove, as one file (root)'
-	@echo 'make evidence  the full figures, in $(EVIDENCE)'
+	@echo 'make evidence  the full figures, in $(EVIDENCE); FIGURES="cuts demo": only these'
 	@echo 'make man       the manual page, in build/man'
 	@echo 'make clean     remove .venv and all that was built'
 
@@ -87,7 +87,7 @@ man: $(STAMP)
 	$(BIN)/python -m migrate.cli.pages --man build/man/migrate.1
 
 evidence: $(STAMP) $(WEIGHTS)
-	$(BIN)/python -m scenarios.evidence $(EVIDENCE)
+	$(BIN)/python -m scenarios.evidence $(EVIDENCE) $(FIGURES)
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \

@@ -19,6 +19,7 @@ from agents.config import AgentConfig
 from agents.destination import Destinations
 from agents.engines import ready_engine
 from agents.health import Health
+from agents.images import Images
 from agents.logs import use_json_lines
 from agents.notify import Notifier
 from agents.operator_servicer import OperatorServicer
@@ -35,6 +36,7 @@ from migrate.inventory import split_address
 from migrate.journal import Journal
 from migrate.model import HostPaths
 from migrate.orchestrator.host import Host
+from migrate.orchestrator.image_peer import PREFIX, ImagePeer
 from migrate.orchestrator.peer import Peer
 from migrate.report import PeakMemory
 from migrate.rpc import tls
@@ -84,6 +86,7 @@ class Agent:
         self.destinations = Destinations(
             self.host, self._receiver, data, self._dial, revocations.is_revoked
         )
+        self._images = Images(self.host, self.destinations)
         guard = Guard(config.name, revocations, Audit(Path(paths.run)))
         self._server = grpc.server(
             ThreadPoolExecutor(WORKERS), interceptors=[guard], options=tls.SERVER_OPTIONS
@@ -140,7 +143,8 @@ class Agent:
 
     def _serve(self) -> int:
         agent_pb2_grpc.add_AgentServicer_to_server(
-            OperatorServicer(self.host, self.sources, self.destinations), self._server
+            OperatorServicer(self.host, self.sources, self.destinations, self._images),
+            self._server,
         )
         peer_pb2_grpc.add_PeerServicer_to_server(
             PeerServicer(self.journal, self.sources, self.destinations, self.config.allow_from),
@@ -176,6 +180,10 @@ class Agent:
             self._closers.append(tracer.close)
 
     def _dial(self, name: str, address: str) -> Peer:
+        if name.startswith(PREFIX):
+            return ImagePeer(
+                name, self.config.name, self.sources.command_of, reading=self._images.reading
+            )
         return GrpcPeer(
             name,
             address,

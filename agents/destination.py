@@ -179,6 +179,13 @@ class Destinations:
             self._live[migration] = built
         return gpu_map, self._data, session_id, secret
 
+    def session(self, session_id: bytes) -> DataSession:
+        """The data session of a reservation made here. Raises UnknownMigration."""
+        found = self._receiver.find(session_id)
+        if found is None:
+            raise UnknownMigration("the reservation was ended")
+        return found
+
     def get(self, migration: str) -> DestinationMigration:
         """Raises UnknownMigration. That is never a refusal of a grant."""
         with self._lock:

@@ -14,6 +14,7 @@ import msgspec
 
 from agents.aborting import abort
 from agents.destination import Destinations
+from agents.images import Images
 from agents.peer_servicer import parsed
 from agents.processes import list_processes
 from agents.recovering import recover
@@ -23,19 +24,38 @@ from migrate.errors import UsageError
 from migrate.inventory import HOST_NAME, split_address
 from migrate.orchestrator.checks import check_options
 from migrate.orchestrator.host import Host, available_memory
+from migrate.orchestrator.image_peer import PREFIX
 from migrate.orchestrator.plan import PROTOCOL, Options
 from migrate.rpc.pb import agent_pb2, agent_pb2_grpc
 
 MAX_LIST = 1000
+MAX_PATH = 4096  # PATH_MAX of Linux
+
+
+def checked_pid(pid: int) -> int:
+    """Raises UsageError for what can be no pid."""
+    if not 0 < pid < 1 << 22:  # PID_MAX_LIMIT of Linux
+        raise UsageError(f"{pid} is not a pid")
+    return pid
+
+
+def folder(path: str) -> str:
+    """A path as it may come from outside. Raises UsageError."""
+    if not path.startswith("/") or len(path) >= MAX_PATH or "\0" in path or ".." in path.split("/"):
+        raise UsageError(f"{path!r} is not an absolute path on the agent's host")
+    return path
 
 
 class OperatorServicer(agent_pb2_grpc.AgentServicer):
     """What a person or a scheduler may ask of this host."""
 
-    def __init__(self, host: Host, sources: Sources, destinations: Destinations) -> None:
+    def __init__(
+        self, host: Host, sources: Sources, destinations: Destinations, images: Images
+    ) -> None:
         self._host = host
         self._sources = sources
         self._destinations = destinations
+        self._images = images
 
     def Info(
         self, request: agent_pb2.InfoRequest, context: grpc.ServicerContext
@@ -75,12 +95,15 @@ class OperatorServicer(agent_pb2_grpc.AgentServicer):
     def Run(
         self, request: agent_pb2.RunRequest, context: grpc.ServicerContext
     ) -> agent_pb2.RunReply:
-        """Start a migration."""
+        """Start a migration, to a host or into an image."""
+        if request.directory:
+            return self._checkpoint(request)
         _check_target(request.pid, request.destination, request.destination_address)
+        pid = request.pid
         options = parsed(request.options or b"{}", Options)
         check_options(options)
         migration = self._sources.start(
-            request.pid,
+            pid,
             request.destination,
             request.destination_address,
             options,
@@ -88,6 +111,30 @@ class OperatorServicer(agent_pb2_grpc.AgentServicer):
             request.start_time,
         )
         return agent_pb2.RunReply(id=migration)
+
+    def _checkpoint(self, request: agent_pb2.RunRequest) -> agent_pb2.RunReply:
+        if request.destination:
+            raise UsageError("a destination or a directory, not both")
+        options = parsed(request.options or b"{}", Options)
+        check_options(options)
+        migration = self._sources.start(
+            checked_pid(request.pid),
+            f"{PREFIX}{folder(request.directory)}",
+            "",
+            options,
+            request.idempotency_key,
+            request.start_time,
+        )
+        return agent_pb2.RunReply(id=migration)
+
+    def RestoreImage(
+        self, request: agent_pb2.RestoreImageRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.RestoreImageReply:
+        """Start a process anew from an image."""
+        options = parsed(request.options or b"{}", Options)
+        check_options(options)
+        found = self._images.restore(folder(request.directory), options, again=request.again)
+        return agent_pb2.RestoreImageReply(restored=msgspec.json.encode(found))
 
     def Watch(
         self, request: agent_pb2.WatchRequest, context: grpc.ServicerContext

@@ -18,6 +18,7 @@ from migrate.orchestrator.estimate import MAX_HISTORY
 from migrate.orchestrator.figures import gpu_rows
 from migrate.orchestrator.handover import SourceHandover
 from migrate.orchestrator.host import Host
+from migrate.orchestrator.image_peer import ImagePeer
 from migrate.orchestrator.peer import Peer, Reservation
 from migrate.orchestrator.plan import Options
 from migrate.orchestrator.source import SourceMigration, check, unpause
@@ -264,6 +265,11 @@ class Sources:
         record = self._host.journal.last(migration, "request")
         return record.decode(RequestRecord).destination if record is not None else None
 
+    def command_of(self, migration: str) -> tuple[str, ...]:
+        """The command line of a migration's process, empty if there is no record."""
+        record = self._host.journal.last(migration, "request")
+        return record.decode(RequestRecord).survey.command if record is not None else ()
+
     def stop(self) -> bool:
         """Let go of all: granted ones stay frozen and on record, others are undone.
 
@@ -291,13 +297,14 @@ class Sources:
     def _build(
         self, migration: str, request: RequestRecord, machine: SourceHandover
     ) -> SourceMigration:
+        peer = self._dial(request.destination, request.destination_address)
         built = SourceMigration(
             migration,
             request.survey,
             self._host,
-            self._dial(request.destination, request.destination_address),
+            peer,
             request.options,
-            self._sender,
+            peer.connect if isinstance(peer, ImagePeer) else self._sender,
             machine,
         )
         built.known = self._known(request.destination)

@@ -38,7 +38,7 @@ from migrate.errors import (
 from migrate.inventory import Host, Inventory, TlsFiles
 from migrate.model import Value
 from migrate.orchestrator.plan import Options
-from migrate.report import Check, Event, ProcessRow, Report
+from migrate.report import Check, Event, ProcessRow, Report, Restored
 from migrate.rpc.errors import translated
 from migrate.rpc.explain import explain_failure
 from migrate.rpc.pb import agent_pb2
@@ -232,6 +232,33 @@ class Client:
         )
         with self._agent(source) as stub:
             return _decoded(stub.Check(request, timeout=START).check, Check)
+
+    def checkpoint(
+        self, source: str, pid: int, directory: str, *, options: Options, key: str = ""
+    ) -> str:
+        """Start putting a process into an image at *directory* on host *source*; the id.
+
+        It is followed as a migration. *key*: see ``run``.
+        """
+        request = agent_pb2.RunRequest(
+            pid=pid,
+            directory=directory,
+            idempotency_key=key or secrets.token_hex(16),
+            options=msgspec.json.encode(options),
+        )
+        with self._agent(source) as stub:
+            return str(stub.Run(request, timeout=START).id)
+
+    def restore(
+        self, host: str, directory: str, *, options: Options | None = None, again: bool = False
+    ) -> Restored:
+        """Start the process of an image at *directory* on *host*; returns when it runs."""
+        request = agent_pb2.RestoreImageRequest(
+            directory=directory, options=msgspec.json.encode(options or Options()), again=again
+        )
+        with self._agent(host) as stub:
+            reply = stub.RestoreImage(request)
+        return _decoded(reply.restored, Restored)
 
     def show(self, source: str, migration: str) -> Report:
         """The report as things stand. Raises UnknownMigration."""

@@ -659,11 +659,11 @@ class ImageUsed(MigrationFailed):
     advice = "If the other copy is gone, or a second one is wanted, add --again."
 
 
-class DowntimeExceeded(MigrationFailed):
+class DowntimeExceeded(MigrateError):
     """The user would rather stay than stand for longer than allowed (``--or-stay``)."""
 
     reason = "DOWNTIME_EXCEEDED"
-    exit_code = 89
+    exit_code = 48
     advice = (
         "The process writes its memory faster than the link carries it. Allow a longer"
         " --max-downtime, or --throttle, or leave out --or-stay."

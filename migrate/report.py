@@ -15,6 +15,7 @@ from migrate.status import Owner, Status
 REPORT_SCHEMA = "migrate.report/1"
 EVENT_SCHEMA = "migrate.event/1"
 CHECK_SCHEMA = "migrate.check/1"
+RESTORED_SCHEMA = "migrate.restored/1"
 
 
 class End(Value):
@@ -238,6 +239,21 @@ class RecoveryRow(Value):
     side: str
     state: str
     message: str
+
+
+class Restored(Value):
+    """What ``migrate restore`` started. ``seconds``: from the call to the running process."""
+
+    id: str
+    directory: str
+    source: str
+    created: str
+    command: tuple[str, ...]
+    pid: int
+    gpu_map: tuple[tuple[int, int], ...]
+    chunks_verified: int
+    seconds: float
+    schema: str = RESTORED_SCHEMA
 
 
 class ProcessRow(Value):

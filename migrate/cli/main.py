@@ -34,6 +34,10 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, Entry] = {
     "run": Entry("migrate.cli.run:run_command", "Move a running process to another host."),
     "check": Entry("migrate.cli.check:check_command", "Say whether a process can be moved."),
+    "checkpoint": Entry(
+        "migrate.cli.image:checkpoint_command", "Put a running process into a directory."
+    ),
+    "restore": Entry("migrate.cli.image:restore_command", "Start a process from a directory."),
     "hosts": Entry("migrate.cli.hosts:hosts_command", "List the hosts and their agents."),
     "ps": Entry("migrate.cli.ps:ps_command", "List a host's GPU processes."),
     "drain": Entry("migrate.cli.drain:drain_command", "Move every GPU process off a host."),

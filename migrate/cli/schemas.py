@@ -22,10 +22,12 @@ from migrate.report import (
     CHECK_SCHEMA,
     EVENT_SCHEMA,
     REPORT_SCHEMA,
+    RESTORED_SCHEMA,
     Check,
     Event,
     ProcessRow,
     Report,
+    Restored,
 )
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "schemas"
@@ -71,6 +73,7 @@ RECEIVED: Mapping[str, type[Value]] = {
     PROCESSES: Processes,
     HISTORY: History,
     DRAIN: Summary,
+    RESTORED_SCHEMA: Restored,
     "migrate.error/1": ErrorDocument,
 }
 

@@ -43,3 +43,27 @@ class Clock:
         thread = threading.Thread(target=target, name=name, daemon=True)
         thread.start()
         return thread
+
+
+class Laps:
+    """Seconds by name, one lap after another; *now* is a monotonic clock."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._laps: dict[str, float] = {}
+        self.began = 0.0
+        self.since = 0.0  # when the last lap ended
+
+    def begin(self) -> None:
+        """The first lap begins."""
+        self.began = self.since = self._now()
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap belongs to *name*."""
+        now = self._now()
+        self._laps[name] = now - self.since
+        self.since = now
+
+    def __getitem__(self, name: str) -> float:
+        """The lap's seconds; 0.0 if it never ended."""
+        return self._laps.get(name, 0.0)

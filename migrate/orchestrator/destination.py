@@ -26,7 +26,7 @@ from migrate.errors import (
 )
 from migrate.kfd.process import KfdCheckpoint, KfdProcess, Restored, RestoreProof
 from migrate.model import ProcessRef, Value
-from migrate.orchestrator.clock import Clock
+from migrate.orchestrator.clock import Laps
 from migrate.orchestrator.handover import (
     Answer,
     Built,
@@ -160,7 +160,7 @@ class DestinationMigration:
         self._cancel = host.clock.event()
         self._lock = host.clock.lock()
         self._held: HeldProcess | None = None
-        self._clock = _Laps(host.clock)
+        self._clock = Laps(host.clock.monotonic)
         self._verified = 0
         self._released_at = 0.0
         self._reply: GrantReply | None = None
@@ -575,23 +575,3 @@ def _moved_bos(order: RestoreOrder, restored: Sequence[Restored]) -> list[MovedB
         for bucket, offset in zip(checkpoint.bos, result.restored_offsets, strict=True)
         if not bucket.is_userptr
     ]
-
-
-class _Laps:
-    """Seconds by name, by the monotonic clock."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._since = 0.0
-        self._laps: dict[str, float] = {}
-
-    def begin(self) -> None:
-        self._since = self._clock.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = self._clock.monotonic()
-        self._laps[name] = now - self._since
-        self._since = now
-
-    def __getitem__(self, name: str) -> float:
-        return self._laps.get(name, 0.0)

@@ -11,8 +11,10 @@ from migrate.dataplane.stats import RoundStats
 from migrate.engine.seam import Survey
 from migrate.errors import MigrateError, OwnedDead, OwnerUnknown
 from migrate.model import GpuMap
+from migrate.orchestrator.clock import Laps
 from migrate.orchestrator.convergence import Costs
 from migrate.orchestrator.handover import Answer
+from migrate.orchestrator.image_peer import PREFIX
 from migrate.orchestrator.narrator import Narrator
 from migrate.orchestrator.peer import GrantReply
 from migrate.orchestrator.plan import ObjectOrder
@@ -36,40 +38,20 @@ PLACEMENT_GUESS = 1.5e9
 FIXED_GUESS = 0.4  # seconds: build of the process and handover
 
 
-class DowntimeClock:
-    """Laps of the freeze, in seconds of the monotonic clock."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self._began = 0.0
-        self.laps: dict[str, float] = {}
-
-    def begin(self) -> None:
-        """The first thread is about to be stopped."""
-        self._began = self._since = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        """The time since the last lap belongs to *name*."""
-        assert self._since is not None
-        now = time.monotonic()
-        self.laps[name] = now - self._since
-        self._since = now
-
-    def parts(self, figures: DestinationFigures, released_at: float) -> Downtime:
-        """The freeze's parts once the copy was released at *released_at*."""
-        assert self._since is not None
-        measured = figures.build + figures.placement + figures.read_back
-        return Downtime(
-            seconds=released_at - self._began,
-            stop=self.laps["stop"],
-            checkpoint=self.laps["checkpoint"],
-            delta=self.laps["delta"],
-            build=figures.build,
-            placement=figures.placement,
-            read_back=figures.read_back,
-            engine=self.laps["restore"] - measured,
-            handover=released_at - self._since,
-        )
+def downtime_of(laps: Laps, figures: DestinationFigures, released_at: float) -> Downtime:
+    """The freeze's parts once the copy was released at *released_at* (monotonic)."""
+    measured = figures.build + figures.placement + figures.read_back
+    return Downtime(
+        seconds=released_at - laps.began,
+        stop=laps["stop"],
+        checkpoint=laps["checkpoint"],
+        delta=laps["delta"],
+        build=figures.build,
+        placement=figures.placement,
+        read_back=figures.read_back,
+        engine=laps["restore"] - measured,
+        handover=released_at - laps.since,
+    )
 
 
 class SourceFigures:
@@ -93,7 +75,7 @@ class SourceFigures:
         self.engine = engine
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         self._began = time.monotonic()
-        self.downtime = DowntimeClock()
+        self.downtime = Laps(time.monotonic)
         self.rounds: list[Round] = []
         self.stats: list[RoundStats] = []
         self.predicted: float | None = None
@@ -103,6 +85,8 @@ class SourceFigures:
         self.gpu_map: GpuMap | None = None
         self.pending_packets = 0
         self.life = ""
+        self.learned: Costs | None = None  # from earlier migrations
+        self.left_running = False  # an image was made, and the process let go on
         self.stream_resumes = 0
         self.replayed = False
         self.snapshot = 0.0  # seconds that stopping and checkpointing took the last time
@@ -148,11 +132,13 @@ class SourceFigures:
 
     def released(self, figures: DestinationFigures, *, at: float) -> None:
         """The answer OWNED came at *at* (monotonic); the copy ran ``after_release`` before."""
-        self._parts = self.downtime.parts(self._destination, at - figures.after_release)
+        self._parts = downtime_of(self.downtime, self._destination, at - figures.after_release)
         self._destination = figures
 
     def costs(self) -> Costs:
         """What the prediction takes as known."""
+        if self.learned is not None:
+            return self.learned
         return Costs(placement=PLACEMENT_GUESS, fixed=FIXED_GUESS + self.snapshot)
 
     def report(
@@ -174,7 +160,7 @@ class SourceFigures:
             id=self.migration,
             status=self._status(state, error) if ended else self.narrator.status,
             owner=owner,
-            running=_running(state, source_alive),
+            running=_running(state, source_alive, stored=self.destination.startswith(PREFIX)),
             source=End(host=self.source, pid=self.survey.process.pid),
             destination=End(host=self.destination, pid=self._destination.pid if done else None),
             command=self.survey.command,
@@ -202,7 +188,7 @@ class SourceFigures:
         )
 
     def _status(self, state: SourceState | None, error: MigrateError | None) -> Status:
-        if state is SourceState.DONE:
+        if state is SourceState.DONE or (self.left_running and error is None):
             return Status.COMPLETED
         if state in (SourceState.GRANTED, SourceState.RELEASING):
             return Status.HANDOVER
@@ -256,7 +242,9 @@ def failure(error: MigrateError) -> Failure:
     )
 
 
-def _running(state: SourceState | None, source_alive: bool) -> str:
+def _running(state: SourceState | None, source_alive: bool, *, stored: bool) -> str:
+    if stored and state in (SourceState.DONE, SourceState.RELEASING, SourceState.GRANTED):
+        return "nowhere"  # it is in an image
     if state in (SourceState.DONE, SourceState.RELEASING):
         return "destination"
     if state is SourceState.GRANTED:

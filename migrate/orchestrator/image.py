@@ -2,6 +2,7 @@
 
 ::
 
+    begun     the id of the migration that writes it: what may remove it again
     frames    the chunk stream of the memory, sealed (:mod:`migrate.dataplane.framefile`)
     secret    32 bytes that the frames' key is derived from; who can read the folder can read
               the process's memory: the folder is 0700
@@ -30,7 +31,8 @@ from migrate.model import Value
 from migrate.orchestrator.plan import PROTOCOL, Needs, RestoreOrder
 from migrate.topology.model import Topology
 
-FRAMES, SECRET, MANIFEST, RESTORED = "frames", "secret", "manifest", "restored"
+BEGUN, FRAMES, SECRET = "begun", "frames", "secret"
+MANIFEST, RESTORED = "manifest", "restored"
 SCHEMA = "migrate.image/1"
 _HASH = 32
 SLACK = 64 << 20  # bytes that must stay free beside the image
@@ -73,7 +75,7 @@ class Image:
 
     # ------------------------------------------------------------ writing
 
-    def create(self, size: int) -> FileSender:
+    def create(self, migration: str, size: int) -> FileSender:
         """Begin an image of about *size* bytes of memory. Raises UsageError, InsufficientDisk."""
         try:
             self.path.mkdir(mode=0o700)
@@ -87,6 +89,7 @@ class Image:
             raise InsufficientDisk(
                 f"{self.path.parent} has {free >> 20} MiB free, the image may take {size >> 20} MiB"
             )
+        self._durable(BEGUN, migration.encode())
         secret = secrets.token_bytes(keys.SECRET_SIZE)
         self._durable(SECRET, secret)
         return FileSender(self.path / FRAMES, secret)
@@ -100,9 +103,14 @@ class Image:
         _sync_folder(self.path.parent)
         return digest[:16]
 
-    def discard(self) -> None:
-        """Remove an image. Idempotent."""
-        shutil.rmtree(self.path, ignore_errors=True)
+    def discard(self, migration: str) -> None:
+        """Remove what this migration began, and nothing else. Idempotent."""
+        try:
+            begun = (self.path / BEGUN).read_bytes()
+        except OSError:
+            return
+        if begun == migration.encode():
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def _durable(self, name: str, data: bytes) -> None:
         """The file is there whole, after a crash too, or not at all."""

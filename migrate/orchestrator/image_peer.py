@@ -11,6 +11,7 @@ image that is not being read any more has not granted, and the copy is ended.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,8 +21,10 @@ from migrate.errors import ImageBroken, MigrationFailed
 from migrate.model import GpuMap
 from migrate.orchestrator.handover import Answer
 from migrate.orchestrator.image import Image, Manifest
-from migrate.orchestrator.peer import GrantReply, PeerState, PreparedReply, Reservation
+from migrate.orchestrator.peer import Examined, GrantReply, PeerState, PreparedReply, Reservation
 from migrate.orchestrator.plan import Needs, Options, RestoreOrder
+from migrate.preflight.facts import Facts
+from migrate.preflight.findings import Findings
 from migrate.report import DestinationFigures
 from migrate.status import SourceState
 from migrate.topology.model import Topology
@@ -49,11 +52,24 @@ class ImagePeer:
         self._asked: tuple[str, Needs, Topology, Options] | None = None
         self.sender: FileSender | None = None
 
+    def examine(
+        self,
+        engine: str,
+        needs: Needs,
+        topology: Topology,
+        options: Options,
+        facts: Facts,
+        sample: int,
+    ) -> Examined:
+        """See Peer: a directory speaks against nothing; what it has no room for, reserve says."""
+        del engine, needs, topology, options, facts, sample
+        return Examined(findings=Findings(), gpu_map=None, clock=time.time())
+
     def reserve(
         self, migration: str, engine: str, needs: Needs, topology: Topology, options: Options
     ) -> Reservation:
         """See Peer. Raises UsageError, InsufficientDisk."""
-        self.sender = self._image.create(needs.quota // 2)
+        self.sender = self._image.create(migration, needs.quota // 2)
         self._asked = engine, needs, topology, options
         gpus = sorted({gpu for process in needs.processes for gpu in process.gpus})
         return Reservation(
@@ -64,6 +80,13 @@ class ImagePeer:
             session_id=b"",
             session_secret=b"",
         )
+
+    def connect(self, migration: str, reservation: Reservation, options: Options) -> FileSender:
+        """The ``SenderFactory`` that belongs to it."""
+        del migration, reservation, options
+        if self.sender is None:
+            raise MigrationFailed("this image was not begun by this run of the agent")
+        return self.sender
 
     def restore(
         self, migration: str, order: RestoreOrder, manifest: Mapping[int, bytes]
@@ -105,18 +128,20 @@ class ImagePeer:
             figures=DestinationFigures(),
         )
 
+    def revoke(self, migration: str, token: bytes) -> GrantReply:
+        """See Peer: an image is no suspect copy, it keeps the process."""
+        return self.grant(migration, token)
+
     def cancel(self, migration: str, reason: str) -> bool:
         """See Peer: what is incomplete is removed, and what nobody wanted to keep."""
         del reason
         try:
             manifest = self._image.manifest()
         except ImageBroken:
-            # Of another's complete image nothing is removed: it has a manifest.
-            if self.sender is not None or self._incomplete():
-                self._image.discard()
+            self._image.discard(migration)
             return True
         if manifest.migration == migration and not manifest.left_running:
-            self._image.discard()
+            self._image.discard(migration)
         return True
 
     def query(self, migration: str) -> PeerState:
@@ -131,9 +156,6 @@ class ImagePeer:
         if manifest.migration != migration:
             return PeerState(state=SourceState.ROLLED_BACK, store_id=store, token=token)
         return PeerState(state="PREPARED", store_id=store, token=self._image.token(), life=STORED)
-
-    def _incomplete(self) -> bool:
-        return self._image.path.is_dir() and not (self._image.path / "manifest").exists()
 
     def _store(self, migration: str) -> str:
         return f"{PREFIX}{migration}"

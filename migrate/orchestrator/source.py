@@ -8,14 +8,16 @@ told. After GRANTED nothing here decides any more: see handover.py.
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Protocol
 
 from migrate import faults
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.messages import ObjectInfo
-from migrate.dataplane.sender import Sender
+from migrate.dataplane.source import Manifest, Progress
 from migrate.dataplane.stats import RoundStats
 from migrate.engine import procfs
 from migrate.engine.seam import CpuImage, Survey
@@ -33,7 +35,8 @@ from migrate.kfd.process import Checkpointed, KfdCheckpoint, KfdProcess
 from migrate.model import GpuMap
 from migrate.orchestrator import convergence
 from migrate.orchestrator.checking import Examination, Preflight, Stopped
-from migrate.orchestrator.convergence import Decision, Policy
+from migrate.orchestrator.convergence import Costs, Decision, Policy
+from migrate.orchestrator.estimate import Known
 from migrate.orchestrator.figures import SourceFigures, unanswered_error
 from migrate.orchestrator.handover import (
     Answer,
@@ -64,7 +67,33 @@ from migrate.status import Owner, SourceState, Status
 HELD_BACK = 0.1  # seconds that a slowed workload stands, as long as it then runs
 CHECK_PATIENCE = 1.0  # seconds that the link may be broken while only a sample is sent
 ENDING = 5.0  # seconds that a killed process may take to be gone
-SenderFactory = Callable[[str, Reservation, Options], Sender]
+
+
+class RoundSender(Protocol):
+    """What a migration needs of a ``Sender``; also what writes an image."""
+
+    def send_round(
+        self,
+        objects: Sequence[tuple[ObjectInfo, MemoryAccess]],
+        progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> RoundStats:
+        """See Sender."""
+
+    def give_up(self, object_id: int) -> None:
+        """See Sender."""
+
+    def drop_object(self, object_id: int) -> None:
+        """See Sender."""
+
+    def manifest(self) -> Manifest:
+        """See Sender."""
+
+    def close(self) -> None:
+        """See Sender."""
+
+
+SenderFactory = Callable[[str, Reservation, Options], RoundSender]
 
 
 class SourceMigration:
@@ -124,7 +153,7 @@ class SourceMigration:
         self._reservation: Reservation | None = None
         self._first_look: Look | None = None
         self._ran = Activity()
-        self._sender: Sender | None = None
+        self._sender: RoundSender | None = None
         self._report: Report | None = None
 
     # ------------------------------------------------------------ the whole
@@ -227,7 +256,8 @@ class SourceMigration:
             error = None  # what failed on the way did not decide
         if state in (SourceState.RECLAIMED, SourceState.ROLLED_BACK):
             error = self._given_back() or error
-        if error is None and state is SourceState.ROLLED_BACK:
+        left = self.figures.left_running
+        if error is None and state is SourceState.ROLLED_BACK and not left:
             error = refusal(self.side.answer)
         alive = self.host.engine.is_alive(self.process)
         self.narrator.close_phase()
@@ -314,6 +344,9 @@ class SourceMigration:
         """Rounds over live memory until stopping is cheap, or no longer gets cheaper."""
         self.side.record(SourceState.ACTIVE)
         self.narrator.enter("pre-copy", Status.ACTIVE)
+        if self.known:
+            known = Known(self.known)
+            self.figures.learned = Costs(placement=known.placement, fixed=known.fixed)
         while True:
             self._checkpoint_cancel()
             with self._snapshot() as stopped:
@@ -377,6 +410,10 @@ class SourceMigration:
         faults.point("source.prepared")
 
         self._checkpoint_cancel()
+        if self.options.leave_running:
+            self.figures.left_running = True
+            self.side.settle("the process was to be left running")
+            return
         self.narrator.enter("handover", Status.HANDOVER)
         self.side.feed(Prepared(token=prepared.token, store_id=prepared.store_id))
         if self.side.answer is not None and self.side.answer.answer is Answer.OWNED:

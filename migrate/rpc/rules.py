@@ -42,6 +42,7 @@ RULES: Mapping[str, Rule] = {
     # It stops the process's threads for a moment, and reads a sample of its memory.
     "/migrate.v1.Agent/Check": Rule(roles=OPERATORS),
     "/migrate.v1.Agent/Run": Rule(roles=OPERATORS),
+    "/migrate.v1.Agent/RestoreImage": Rule(roles=OPERATORS),
     "/migrate.v1.Agent/Abort": Rule(roles=OPERATORS),
     "/migrate.v1.Agent/Recover": Rule(roles=OPERATORS),
     "/migrate.v1.Agent/Resolve": Rule(roles=ADMINS),

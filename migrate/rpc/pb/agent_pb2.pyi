@@ -51,20 +51,38 @@ class ListProcessesReply(_message.Message):
     def __init__(self, processes: _Optional[bytes] = ...) -> None: ...
 
 class RunRequest(_message.Message):
-    __slots__ = ("pid", "destination", "destination_address", "idempotency_key", "options", "start_time")
+    __slots__ = ("pid", "destination", "destination_address", "idempotency_key", "options", "start_time", "directory")
     PID_FIELD_NUMBER: _ClassVar[int]
     DESTINATION_FIELD_NUMBER: _ClassVar[int]
     DESTINATION_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     START_TIME_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     pid: int
     destination: str
     destination_address: str
     idempotency_key: str
     options: bytes
     start_time: int
-    def __init__(self, pid: _Optional[int] = ..., destination: _Optional[str] = ..., destination_address: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., options: _Optional[bytes] = ..., start_time: _Optional[int] = ...) -> None: ...
+    directory: str
+    def __init__(self, pid: _Optional[int] = ..., destination: _Optional[str] = ..., destination_address: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., options: _Optional[bytes] = ..., start_time: _Optional[int] = ..., directory: _Optional[str] = ...) -> None: ...
+
+class RestoreImageRequest(_message.Message):
+    __slots__ = ("directory", "options", "again")
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
+    directory: str
+    options: bytes
+    again: bool
+    def __init__(self, directory: _Optional[str] = ..., options: _Optional[bytes] = ..., again: _Optional[bool] = ...) -> None: ...
+
+class RestoreImageReply(_message.Message):
+    __slots__ = ("restored",)
+    RESTORED_FIELD_NUMBER: _ClassVar[int]
+    restored: bytes
+    def __init__(self, restored: _Optional[bytes] = ...) -> None: ...
 
 class RunReply(_message.Message):
     __slots__ = ("id",)

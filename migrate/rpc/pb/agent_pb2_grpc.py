@@ -54,6 +54,11 @@ class AgentStub:
                 request_serializer=migrate_dot_v1_dot_agent__pb2.RunRequest.SerializeToString,
                 response_deserializer=migrate_dot_v1_dot_agent__pb2.RunReply.FromString,
                 _registered_method=True)
+        self.RestoreImage = channel.unary_unary(
+                '/migrate.v1.Agent/RestoreImage',
+                request_serializer=migrate_dot_v1_dot_agent__pb2.RestoreImageRequest.SerializeToString,
+                response_deserializer=migrate_dot_v1_dot_agent__pb2.RestoreImageReply.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/migrate.v1.Agent/Watch',
                 request_serializer=migrate_dot_v1_dot_agent__pb2.WatchRequest.SerializeToString,
@@ -112,6 +117,13 @@ class AgentServicer:
 
     def Run(self, request, context):
         """Starts a migration that this agent, as the source, drives by itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestoreImage(self, request, context):
+        """Starts a process anew from an image on this host; answers when it runs, or did not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -181,6 +193,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Run,
                     request_deserializer=migrate_dot_v1_dot_agent__pb2.RunRequest.FromString,
                     response_serializer=migrate_dot_v1_dot_agent__pb2.RunReply.SerializeToString,
+            ),
+            'RestoreImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreImage,
+                    request_deserializer=migrate_dot_v1_dot_agent__pb2.RestoreImageRequest.FromString,
+                    response_serializer=migrate_dot_v1_dot_agent__pb2.RestoreImageReply.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -321,6 +338,33 @@ class Agent:
             '/migrate.v1.Agent/Run',
             migrate_dot_v1_dot_agent__pb2.RunRequest.SerializeToString,
             migrate_dot_v1_dot_agent__pb2.RunReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/migrate.v1.Agent/RestoreImage',
+            migrate_dot_v1_dot_agent__pb2.RestoreImageRequest.SerializeToString,
+            migrate_dot_v1_dot_agent__pb2.RestoreImageReply.FromString,
             options,
             channel_credentials,
             insecure,

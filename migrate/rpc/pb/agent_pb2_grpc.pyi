@@ -11,6 +11,7 @@ class AgentStub:
     ListProcesses: grpc.UnaryUnaryMultiCallable[agent_pb2.ListProcessesRequest, agent_pb2.ListProcessesReply]
     Check: grpc.UnaryUnaryMultiCallable[agent_pb2.CheckRequest, agent_pb2.CheckReply]
     Run: grpc.UnaryUnaryMultiCallable[agent_pb2.RunRequest, agent_pb2.RunReply]
+    RestoreImage: grpc.UnaryUnaryMultiCallable[agent_pb2.RestoreImageRequest, agent_pb2.RestoreImageReply]
     Watch: grpc.UnaryStreamMultiCallable[agent_pb2.WatchRequest, agent_pb2.Event]
     Show: grpc.UnaryUnaryMultiCallable[agent_pb2.ShowRequest, agent_pb2.ShowReply]
     List: grpc.UnaryUnaryMultiCallable[agent_pb2.ListRequest, agent_pb2.ListReply]
@@ -31,6 +32,9 @@ class AgentServicer:
     def Run(
         self, request: agent_pb2.RunRequest, context: grpc.ServicerContext
     ) -> agent_pb2.RunReply: ...
+    def RestoreImage(
+        self, request: agent_pb2.RestoreImageRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.RestoreImageReply: ...
     def Watch(
         self, request: agent_pb2.WatchRequest, context: grpc.ServicerContext
     ) -> Iterator[agent_pb2.Event]: ...

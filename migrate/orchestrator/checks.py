@@ -18,7 +18,7 @@ import msgspec
 from migrate.dataplane.chunks import DIGEST_SIZE, MIN_CHUNK, chunk_count
 from migrate.dataplane.keys import MAX_STREAMS
 from migrate.dataplane.messages import MAX_OBJECT_SIZE, ObjectKind
-from migrate.engine.seam import CpuRange
+from migrate.engine.seam import Blob, CpuRange
 from migrate.errors import PeerNonsense, UsageError
 from migrate.inventory import HOST_NAME, split_address
 from migrate.kfd.checkpoint import MAX_BOS, MAX_DEVICES, BoBucket, KfdCheckpoint, check_checkpoint
@@ -47,6 +47,7 @@ MAX_PID = 1 << 22  # PID_MAX_LIMIT of Linux
 USER_END = (1 << 57) - 4096  # of user space with five-level page tables
 PAGE = 4096
 WORD = re.compile(r"[0-9A-Za-z_-]{1,64}")  # an id: it becomes part of a file's name
+FILE = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")  # of an engine's
 U32 = (1 << 32) - 1
 
 
@@ -207,20 +208,26 @@ def _check_objects(order: RestoreOrder) -> None:
         if bo.has_contents
     }
     ranges = set(order.image.ranges)
+    blobs = {blob.name: blob for blob in order.image.blobs}
+    _want(len(blobs) == len(order.image.blobs), "a file of the engine's twice")
     for item in order.objects:
         if item.bo is not None:
             bo = wanted.pop((item.bo.process, item.bo.index), None)
             _check_bo(item, bo)
+        elif item.blob is not None:
+            _check_blob(item, blobs)
         else:
             _check_cpu(item, ranges)
     # A buffer that nothing is written to would show what its VRAM held before.
     _want(not wanted, f"no contents for {len(wanted)} buffers")
     _want(not ranges, f"no contents for {len(ranges)} ranges of CPU memory")
+    _want(not blobs, f"no contents for {len(blobs)} files of the engine's")
 
 
 def _check_bo(item: ObjectOrder, bo: BoBucket | None) -> None:
     name = f"object {item.object_id}"
-    _want(bo is not None and item.cpu is None, f"{name}, which is of no buffer, or of two")
+    alone = item.cpu is None and item.blob is None
+    _want(bo is not None and alone, f"{name}, which is of no buffer, or of two")
     assert bo is not None
     _want(item.size == bo.size <= MAX_OBJECT_SIZE, f"{name} of {item.size} bytes for {bo.size}")
     kind = ObjectKind.VRAM if bo.is_vram else ObjectKind.GTT
@@ -235,12 +242,22 @@ def _check_cpu(item: ObjectOrder, ranges: set[CpuRange]) -> None:
     _want(item.size == item.cpu.length, f"{name} of {item.size} bytes for {item.cpu.length}")
 
 
+def _check_blob(item: ObjectOrder, blobs: dict[str, Blob]) -> None:
+    name = f"object {item.object_id}"
+    assert item.blob is not None
+    _want(bool(FILE.fullmatch(item.blob.name)), f"the file name {item.blob.name[:70]!r}")
+    known = item.cpu is None and blobs.pop(item.blob.name, None) == item.blob
+    _want(known and item.kind is ObjectKind.BLOB, f"{name}, which is of no file")
+    _want(item.size == item.blob.size <= MAX_OBJECT_SIZE, f"{name} of {item.size} bytes")
+
+
 def _check_manifest(objects: Collection[ObjectOrder], manifest: Mapping[int, bytes]) -> None:
     _want({item.object_id for item in objects} == set(manifest), "digests of other objects")
     for item in objects:
         count, rest = divmod(len(manifest[item.object_id]), DIGEST_SIZE)
         most = chunk_count(item.size, MIN_CHUNK)
-        _want(not rest and 0 < count <= most, f"{count} digests of object {item.object_id}")
+        least = min(1, item.size)  # an empty file has no chunk
+        _want(not rest and least <= count <= most, f"{count} digests of object {item.object_id}")
 
 
 def _check_activity(ran: Activity) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrate.dataplane.messages import ObjectKind
-from migrate.engine.seam import CpuImage, CpuRange
+from migrate.engine.seam import Blob, CpuImage, CpuRange
 from migrate.errors import (
     BrokenPrivateData,
     MigrateError,
@@ -92,17 +92,19 @@ CHECKPOINT = KfdCheckpoint(
     priv_data=encode(PRIVATE),
 )
 RANGE = CpuRange(pid=7, address=0x100000, length=2 * PAGE)
+FILE = Blob(name="pages-1.img", size=100)
 ORDER = RestoreOrder(
     gpu_map=MAP,
-    image=CpuImage(engine="reexec", state=b"", ranges=(RANGE,)),
+    image=CpuImage(engine="reexec", state=b"", ranges=(RANGE,), blobs=(FILE,)),
     checkpoints=(CHECKPOINT,),
     objects=(
         ObjectOrder(object_id=1, kind=ObjectKind.VRAM, size=8 * PAGE, bo=BoKey(process=0, index=0)),
         ObjectOrder(object_id=2, kind=ObjectKind.GTT, size=8 * PAGE, bo=BoKey(process=0, index=1)),
         ObjectOrder(object_id=3, kind=ObjectKind.CPU, size=2 * PAGE, cpu=RANGE),
+        ObjectOrder(object_id=4, kind=ObjectKind.BLOB, size=100, blob=FILE),
     ),
 )
-MANIFEST = {number: bytes(16) for number in (1, 2, 3)}
+MANIFEST = {number: bytes(16) for number in (1, 2, 3, 4)}
 NEEDS = Needs(
     processes=(
         KfdNeeds(
@@ -184,6 +186,15 @@ ORDERS: list[tuple[str, object, str]] = [
     ("objects.2.cpu", None, "belongs nowhere"),
     ("objects.2.cpu", CpuRange(pid=7, address=0, length=PAGE), "belongs nowhere"),
     ("objects.2.size", PAGE, "of 4096 bytes for 8192"),
+    ("image.blobs", (FILE, FILE), "a file of the engine's twice"),
+    ("image.blobs", (), "of no file"),
+    ("image.blobs", (FILE, Blob(name="b", size=1)), "no contents for 1 files"),
+    ("objects.1.blob", FILE, "of no buffer, or of two"),
+    ("objects.3.blob", Blob(name="../a", size=100), "the file name"),
+    ("objects.3.blob", Blob(name="pages-1.img", size=99), "of no file"),
+    ("objects.3.cpu", RANGE, "of no file"),
+    ("objects.3.kind", ObjectKind.CPU, "of no file"),
+    ("objects.3.size", 99, "of 99 bytes"),
     ("ran", Activity(seconds=float("nan")), "an activity"),
     ("ran", Activity(cpu=-1.0), "an activity"),
     ("ran", Activity(pointers=((1 << 64, 0),)), "a read pointer"),
@@ -200,7 +211,7 @@ def test_an_order_with_one_thing_wrong(path: str, new: object, said: str) -> Non
     ("manifest", "said"),
     [
         ({1: bytes(16), 2: bytes(16)}, "digests of other objects"),
-        ({**MANIFEST, 4: bytes(16)}, "digests of other objects"),
+        ({**MANIFEST, 5: bytes(16)}, "digests of other objects"),
         ({**MANIFEST, 1: b""}, "0 digests"),
         ({**MANIFEST, 1: bytes(15)}, "digests"),
         ({**MANIFEST, 1: bytes(32)}, "2 digests"),

@@ -28,6 +28,9 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
 Report = dict[str, Any]
 Pair = Callable[[int, int], LabCluster]
 Keep = Callable[..., None]
+ENSURE_HOOK = (
+    'from pathlib import Path; from agents.hook import ensure_hook; ensure_hook(Path("hook"))'
+)
 DEVICES = "/opt/project/migrate/topology/devices.py"
 
 
@@ -43,6 +46,9 @@ def pair(hosts: Hosts, layout: Layout) -> Iterator[Pair]:
             made.clear()
             cluster = LabCluster(layout)
             for host in found:
+                # The agent would compile its hook in the guest: emulated, a minute or more.
+                conformance.build_for(host, f"python3 -c '{ENSURE_HOOK}'", "hook")
+                host.ssh("mkdir -p /run/migrate && cp -r /root/hook /run/migrate/")
                 cluster.hosts[host.name] = host
                 cluster.start_agent(host.name)
             made[a, b] = cluster

@@ -156,9 +156,6 @@ class Examination:
                 continue  # a simulated process, or one that the snapshot will miss
 
     def _stop(self, stack: ExitStack, stop: Stop) -> Stopped | None:
-        if not self._survey.kfd_processes:
-            self._block(EngineUnsupported(f"process {self._survey.process.pid} has no KFD state"))
-            return None
         began = self._host.clock.monotonic()
         try:
             stopped = stack.enter_context(stop())
@@ -175,7 +172,7 @@ class Examination:
         pid = self._survey.process.pid
         for error in preflight.refused_objects(self._host, topology, pid, plain):
             self._block(error)
-        if plain:
+        if plain or not self._survey.kfd_processes:
             return preflight.needs(self._survey, plain, self._options)
         try:
             record = self._host.bo_record_size

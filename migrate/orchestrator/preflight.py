@@ -121,7 +121,8 @@ def lacking(host: Host, engine: str, wanted: Needs) -> Iterator[MigrateError]:
             f" {free} are available on {host.name}"
         )
     try:
-        sizes, here = {k.priv_bo_size for k in wanted.processes} - {0}, host.bo_record_size
+        sizes = {k.priv_bo_size for k in wanted.processes} - {0}
+        here = host.bo_record_size if wanted.processes else 0
         if sizes - {here}:
             yield LayoutMismatch(
                 f"the source's kernel uses BO records of {sorted(sizes)} bytes,"
@@ -170,6 +171,8 @@ def _tight(host: Host, wanted: Needs) -> Iterator[Finding]:
 
 def choose_map(host: Host, source: Topology, wanted: Needs, options: Options) -> GpuMap:
     """The GPU map, by the one matching function. Raises NoGpuMap, VisibleGpus, ..."""
+    if not wanted.processes:
+        return GpuMap(pairs=())  # nothing of it is on a GPU
     visible = sorted({gpu for k in wanted.processes for gpu in k.gpus})
     vram: dict[int, int] = dict.fromkeys(visible, 0)
     for kfd in wanted.processes:

@@ -11,6 +11,8 @@ import shutil
 import threading
 from pathlib import Path
 
+import msgspec
+
 from migrate.criu.rpc import GHOST_LIMIT
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import ProcessMemoryAccess
@@ -78,7 +80,10 @@ class CriuEngine:
 
     def facts(self, process: ProcessRef) -> Facts:
         """See ProcessEngine."""
-        return whole_tree(criu_tree.tree(process.pid), self._paths, ghost_limit=GHOST_LIMIT)
+        pids = criu_tree.tree(process.pid)
+        facts = whole_tree(pids, self._paths, ghost_limit=GHOST_LIMIT)
+        # A copy lives in a group of ours, wherever the source's processes are.
+        return msgspec.structs.replace(facts, cgroups=())
 
     # ------------------------------------------------------------ source
 

@@ -103,7 +103,7 @@ class CriuEngine:
         group = self._trees.group(process)
         if group is None or not group.is_frozen:
             raise CheckpointFailed(f"process {process.pid} is not frozen")
-        folder = self._folder(f"dump-{process.pid}-{process.start_time}")
+        folder = self._dump_folder(process)
         dump = Dump(self._criu, self._hooks, self._paths, process, group, folder)
         with self._lock:
             self._dumps[process] = dump
@@ -160,7 +160,8 @@ class CriuEngine:
             dump = self._dumps.pop(process, None)
         if dump is not None:
             dump.give_up()
-            shutil.rmtree(dump.images, ignore_errors=True)
+        # Also those of an agent that was killed: they are memory where /run is a tmpfs.
+        shutil.rmtree(self._dump_folder(process) / "images", ignore_errors=True)
 
     # ------------------------------------------------------------ destination
 
@@ -219,6 +220,9 @@ class CriuEngine:
             return False
         pids = set(group.processes())
         return group.is_frozen and pids.issuperset(criu_tree.tree(process.pid))
+
+    def _dump_folder(self, process: ProcessRef) -> Path:
+        return self._folder(f"dump-{process.pid}-{process.start_time}")
 
     def _folder(self, name: str) -> Path:
         return self._run / _checked(name)

@@ -213,6 +213,7 @@ def test_the_freeze_outlives_the_engine(engine: CriuEngine, job: Job, tmp_path: 
     assert job.stands()
     another.thaw(job.ref)
     assert job.runs()
+    assert not list((tmp_path / "a").glob("criu/*/images"))
 
 
 def test_criu_killed_in_the_dump_leaves_the_tree_frozen_or_running_never_gone(

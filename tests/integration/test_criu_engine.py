@@ -83,8 +83,10 @@ class Job:
             start_new_session=True,
         )
         self.files = (folder / "counter", folder / "counter.child")
-        assert wait_until(lambda: all(f.exists() and f.stat().st_size for f in self.files))
         self.ref = procfs.reference(self.process.pid)
+
+    def counts(self) -> bool:
+        return wait_until(lambda: all(f.exists() and f.stat().st_size for f in self.files))
 
     def counters(self) -> tuple[int, ...]:
         return tuple(int.from_bytes(file.read_bytes(), "little") for file in self.files)
@@ -124,11 +126,14 @@ def engine(tmp_path: Path) -> CriuEngine:
 @pytest.fixture
 def job(tmp_path: Path, engine: CriuEngine) -> Iterator[Job]:
     started = Job(tmp_path)
-    yield started
-    engine.kill(started.ref)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(started.process.pid, 9)
-    started.process.wait()
+    try:
+        assert started.counts()
+        yield started
+    finally:
+        engine.kill(started.ref)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.process.pid, 9)
+        started.process.wait()
 
 
 def count(kfd: Sequence[KfdProcess]) -> int:

@@ -31,6 +31,8 @@ Keep = Callable[..., None]
 ENSURE_HOOK = (
     'from pathlib import Path; from agents.hook import ensure_hook; ensure_hook(Path("hook"))'
 )
+FIRST_PID = {"a": 10000, "b": 20000}
+PATIENCE = ("--patience", "600")  # emulated hosts on a busy machine
 DEVICES = "/opt/project/migrate/topology/devices.py"
 
 
@@ -49,6 +51,8 @@ def pair(hosts: Hosts, layout: Layout) -> Iterator[Pair]:
                 # The agent would compile its hook in the guest: emulated, a minute or more.
                 conformance.build_for(host, f"python3 -c '{ENSURE_HOOK}'", "hook")
                 host.ssh("mkdir -p /run/migrate && cp -r /root/hook /run/migrate/")
+                # A copy keeps its pid, and hosts that boot alike use the same ones.
+                host.ssh(f"echo {FIRST_PID[host.name]} > /proc/sys/kernel/ns_last_pid")
                 cluster.hosts[host.name] = host
                 cluster.start_agent(host.name)
             made[a, b] = cluster
@@ -86,7 +90,7 @@ def keep(request: pytest.FixtureRequest) -> Keep:
 def move(cluster: LabCluster, pid: int, way: str, *options: str) -> Report:
     """Migrate over the hosts of *way* ("ab"), and look at what must be true of any migration."""
     source, destination = way[0], way[1]
-    report = cluster.migrate(source, destination, pid, *options)
+    report = cluster.migrate(source, destination, pid, *PATIENCE, *options)
     assert (report["status"], report["owner"]) == ("completed", "destination"), report
     assert report["destination"]["pid"] == pid
     alive = cluster.hosts[source].ssh(f"test -e /proc/{pid} && echo yes || true")

@@ -11,10 +11,11 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from migrate.errors import CgroupUnusable, FreezeTimeout
+from migrate.topology.devices import DeviceFilter
 
 OURS = "migrate"  # folder below the root
 _POLL = 0.002  # seconds
@@ -60,6 +61,20 @@ class Cgroup:
         for name in ("cgroup.freeze", "cgroup.kill"):
             if not (self.path / name).exists():
                 raise CgroupUnusable(f"{self.path / name} is missing: the kernel is too old")
+
+    def hide(self, devices: Sequence[tuple[int, int]]) -> None:
+        """No member, here or below, opens these character devices (major, minor) from now on.
+
+        It holds until the group is removed, whoever else ends. Raises CgroupUnusable,
+        VisibleGpus, MissingCapability.
+        """
+        with DeviceFilter(devices) as loaded:
+            try:
+                loaded.attach(self.path)
+            except OSError as error:
+                raise CgroupUnusable(
+                    f"{self.path} takes no device filter: {error.strerror}"
+                ) from error
 
     @property
     def exists(self) -> bool:

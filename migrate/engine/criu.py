@@ -35,6 +35,7 @@ from migrate.kfd.sysfs import read_topology
 from migrate.model import GpuMap, HostPaths, ProcessRef
 from migrate.preflight.collect import whole_tree
 from migrate.preflight.facts import Facts
+from migrate.topology.devices import can_hide, hidden_nodes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 HOOK = "hook"  # folder of the compiled hook in the run directory
@@ -44,12 +45,12 @@ class CriuEngine:
     """``ProcessEngine`` of one host. What counts is in cgroups and the run directory."""
 
     name = "criu"
-    can_hide_gpus = False
     ways_out: frozenset[str] = frozenset()
 
     def __init__(self, paths: HostPaths, *, criu: str = "criu") -> None:
         self._paths = paths
         self._criu = criu
+        self.can_hide_gpus = can_hide()
         self._run = Path(paths.run) / "criu"
         self._hooks = Path(paths.run) / HOOK
         self._trees = Trees(paths)
@@ -176,10 +177,12 @@ class CriuEngine:
         if image.engine != self.name:
             raise EngineUnsupported(f"the image is one of the engine {image.engine}")
         document = CriuDocument.decode(image.state)
-        minors = {}
+        minors: dict[int, int] = {}
+        hidden: tuple[tuple[int, int], ...] = ()
         if document.kfd:
             topology = read_topology(self._paths.topology)
             minors = {gpu.gpu_id: gpu.drm_render_minor for gpu in topology.gpus}
+            hidden = hidden_nodes(topology, gpu_map.as_dict().values())
         held = Restoration(
             self._criu,
             self._hooks,
@@ -189,6 +192,7 @@ class CriuEngine:
             self._folder(migration),
             minors,
             gpu_map,
+            hidden,
         )
         try:
             held.await_tasks()

@@ -62,8 +62,12 @@ class Restoration:
         folder: Path,
         render_minors: Mapping[int, int],
         gpu_map: GpuMap,
+        hidden: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """Start CRIU. Raises CriuUnusable, CgroupUnusable, OSError."""
+        """Start CRIU. Raises CriuUnusable, CgroupUnusable, VisibleGpus, OSError.
+
+        ``hidden``: device numbers that no task of the copy opens, as long as it lives.
+        """
         self._document = document
         self._paths = paths
         self._folder = folder
@@ -84,7 +88,16 @@ class Restoration:
         self._abandoned = False
         self._ended = False
         self._failed: MigrateError | None = None
+        self._whole = cgroup.ours(migration)
         self._group.create()
+        if hidden:
+            # KFD keeps the GPUs that a process may use when it opens /dev/kfd, in its hook: by
+            # then the filter holds, because CRIU forks the tasks in a group below this one.
+            try:
+                self._whole.hide(hidden)
+            except MigrateError:
+                self._whole.remove()
+                raise
         self._server = HookServer(folder / "hook", self._answer)
         environment = {SOCKET_VARIABLE: str(self._server.path), LIBRARIES_VARIABLE: str(hooks)}
         self._swrk = Swrk(criu, environment)
@@ -158,8 +171,7 @@ class Restoration:
         for group in (self._beside, self._group):
             group.kill()
         self._close()
-        self._beside.remove()
-        self._group.remove()
+        self._whole.remove()
 
     def _close(self) -> None:
         self._server.close()

@@ -18,7 +18,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Self
 
-from migrate.errors import MissingCapability, VisibleGpus
+from migrate.errors import MigrateError, MissingCapability, VisibleGpus
 from migrate.topology.model import Topology
 
 DRM_MAJOR = 226
@@ -129,6 +129,15 @@ class DeviceFilter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def can_hide() -> bool:
+    """Whether this kernel lets this process load a filter."""
+    try:
+        DeviceFilter([(DRM_MAJOR, 0)]).close()
+    except MigrateError:
+        return False
+    return True
 
 
 def _bpf(command: int, attributes: bytes) -> int:

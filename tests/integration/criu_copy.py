@@ -2,13 +2,13 @@
 
 ``python -m tests.integration.criu_copy FOLDER CRIU WHAT`` prints a line of what it sees at
 each step and waits for a line on stdin before it ends the copy. WHAT is ``release``,
-``kill-criu`` (in the middle of the restore) or ``no-agent`` (the hook can't reach anybody
-when the tasks are ready).
+``kill-criu`` (in the middle of the restore) or ``hide`` (a device is hidden from the copy).
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -16,7 +16,10 @@ from pathlib import Path
 
 import msgspec
 
-from migrate.engine.criu import CriuEngine
+from migrate.engine import cgroup
+from migrate.engine.criu import HOOK, CriuEngine
+from migrate.engine.criu_document import CriuDocument
+from migrate.engine.criu_restore import Restoration
 from migrate.engine.seam import CpuImage
 from migrate.errors import MigrateError
 from migrate.model import GpuMap, HostPaths
@@ -27,6 +30,41 @@ def receive(engine: CriuEngine, image: CpuImage, folder: Path) -> None:
         target = engine.receive("copy", blob)
         target.write(0, memoryview(bytearray((folder / "blobs" / blob.name).read_bytes())))
         target.close()
+
+
+def restore(engine: CriuEngine, image: CpuImage) -> Restoration:
+    return engine.restore(image, "copy", GpuMap(pairs=()))
+
+
+def hiding(engine: CriuEngine, paths: HostPaths, image: CpuImage, criu: str) -> Restoration:
+    """As the engine does it where a GPU of this host has to stay hidden: here it is /dev/full."""
+    found = os.stat("/dev/full").st_rdev
+    held = Restoration(
+        criu,
+        Path(paths.run) / HOOK,
+        paths,
+        CriuDocument.decode(image.state),
+        "copy",
+        Path(paths.run) / "criu" / "copy",
+        {},
+        GpuMap(pairs=()),
+        [(os.major(found), os.minor(found))],
+    )
+    home = cgroup.group_of(held.criu_pid)
+    assert home is not None
+    # A task that is being restored opens its files in the group that its parent, CRIU, is in.
+    opened = subprocess.run(
+        ["sh", "-c", f"echo $$ > {home.path}/cgroup.procs && : < /dev/full"],
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    print("forked where it is", "seen" if opened.returncode == 0 else "hidden", flush=True)
+    try:
+        held.await_tasks()
+    except BaseException:
+        held.abandon()
+        raise
+    return held
 
 
 def strike(pid: int) -> None:
@@ -42,7 +80,7 @@ def main(folder: Path, criu: str, what: str) -> None:
     image = msgspec.msgpack.decode((folder / "image").read_bytes(), type=CpuImage)
     receive(engine, image, folder)
     try:
-        held = engine.restore(image, "copy", GpuMap(pairs=()))
+        held = hiding(engine, paths, image, criu) if what == "hide" else restore(engine, image)
         if what == "kill-criu":
             strike(held.criu_pid)
         held.restored([], [])

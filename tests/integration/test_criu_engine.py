@@ -44,7 +44,12 @@ if os.fork() == 0:
     threading.Thread(target=count, daemon=True).start()
 file = os.open(name, os.O_RDWR | os.O_CREAT, 0o600)
 while True:
-    os.pwrite(file, counter[0].to_bytes(8, "little"), 0)
+    try:
+        os.close(os.open("/dev/full", os.O_RDONLY))
+        seen = b"seen"
+    except PermissionError:
+        seen = b"none"
+    os.pwrite(file, counter[0].to_bytes(8, "little") + seen, 0)
     time.sleep(0.005)
 """
 
@@ -89,7 +94,10 @@ class Job:
         return wait_until(lambda: all(f.exists() and f.stat().st_size for f in self.files))
 
     def counters(self) -> tuple[int, ...]:
-        return tuple(int.from_bytes(file.read_bytes(), "little") for file in self.files)
+        return tuple(int.from_bytes(file.read_bytes()[:8], "little") for file in self.files)
+
+    def sees_device(self) -> list[bytes]:
+        return [file.read_bytes()[8:] for file in self.files]
 
     def stands(self) -> bool:
         before = self.counters()
@@ -194,6 +202,21 @@ def test_a_tree_goes_over_and_is_held_until_released(engine: CriuEngine, job: Jo
         assert job.runs()
         assert line(process, "go") == "ended False"
     assert job.stands()
+
+
+def test_a_device_is_hidden_from_the_copy_as_long_as_it_lives(engine: CriuEngine, job: Job) -> None:
+    if not engine.can_hide_gpus:
+        pytest.skip("this kernel takes no device filter")
+    dumped(engine, job)
+    assert job.sees_device() == [b"seen", b"seen"]
+    with copy(job, "hide") as process:
+        assert line(process) == "forked where it is hidden"
+        assert line(process) == f"held True {job.ref.pid}"
+        assert line(process, "go") == "released"
+        assert job.runs()
+        assert job.sees_device() == [b"none", b"none"]
+        assert line(process, "go") == "ended False"
+    assert not cgroup.ours("copy").exists
 
 
 def test_a_source_that_is_thawed_runs_on_in_the_group_it_came_from(

@@ -343,7 +343,10 @@ class TcpEstablished(MigrateError):
 
     reason = "TCP_ESTABLISHED"
     exit_code = 40
-    advice = "Let the process close its connections first, or let a proxy hold them."
+    advice = (
+        "Let the process close its connections first,"
+        " or give it closed ones (--tcp-close, engine criu)."
+    )
 
 
 class IoUring(MigrateError):

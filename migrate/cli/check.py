@@ -8,6 +8,7 @@ from migrate.cli.output import Output, duration, rate, size
 from migrate.cli.settings import Settings
 from migrate.client import Client
 from migrate.orchestrator.plan import Options
+from migrate.preflight.findings import TCP_CLOSE
 from migrate.report import Check, Prediction
 
 
@@ -29,6 +30,12 @@ from migrate.report import Check, Prediction
     metavar="OLD=NEW,...",
     help="Which GPU goes where (default: the best map is searched).",
 )
+@click.option(
+    "--tcp-close",
+    is_flag=True,
+    help="Open TCP connections are no obstacle: the copy finds them closed, and so do those at"
+    " the other end. Only with the engine criu.",
+)
 @click.option("--relax", multiple=True, metavar="RULE", help="Leave out one topology rule.")
 @click.pass_obj
 def check_command(
@@ -41,6 +48,7 @@ def check_command(
     max_downtime: float,
     gpu_map: str,
     relax: tuple[str, ...],
+    tcp_close: bool,
 ) -> int:
     """Say whether process PID can move from SRC to DST, without moving it.
 
@@ -50,7 +58,11 @@ def check_command(
     first blocker.
     """
     options = Options(
-        precopy=not no_precopy, max_downtime=max_downtime, gpu_map=gpu_map, relax=relax
+        precopy=not no_precopy,
+        max_downtime=max_downtime,
+        gpu_map=gpu_map,
+        relax=relax,
+        ways_out=(TCP_CLOSE,) if tcp_close else (),
     )
     with Client(settings.inventory) as client:
         return show(settings.output, client.check(source, destination, pid, options=options))

@@ -12,6 +12,7 @@ from migrate.cli.settings import Settings
 from migrate.client import Client
 from migrate.inventory import Inventory
 from migrate.orchestrator.plan import Options
+from migrate.preflight.findings import TCP_CLOSE
 from migrate.report import Report
 
 SCHEMA_STARTED = "migrate.started/1"
@@ -80,6 +81,12 @@ SCHEMA_STARTED = "migrate.started/1"
     metavar="OLD=NEW,...",
     help="Which GPU goes where (default: the best map is searched).",
 )
+@click.option(
+    "--tcp-close",
+    is_flag=True,
+    help="Open TCP connections are no obstacle: the copy finds them closed, and so do those at"
+    " the other end. Only with the engine criu.",
+)
 @click.option("--relax", multiple=True, metavar="RULE", help="Leave out one topology rule.")
 @click.option("--dry-run", is_flag=True, help="Only check and predict, as `migrate check` does.")
 @click.option(
@@ -112,6 +119,7 @@ def run_command(
     hold_source: bool,
     gpu_map: str,
     relax: tuple[str, ...],
+    tcp_close: bool,
     dry_run: bool,
     wait: bool,
     idempotency_key: str,
@@ -134,6 +142,7 @@ def run_command(
         hold_source=hold_source,
         gpu_map=gpu_map,
         relax=relax,
+        ways_out=(TCP_CLOSE,) if tcp_close else (),
     )
     inventory, output = settings.inventory, settings.output
     if dry_run:

@@ -49,7 +49,6 @@ class CriuOptions(Value):
     log: str  # file name in ``work``
     pid: int = 0
     freeze_cgroup: str = ""
-    tcp_established: bool = False
     tcp_close: bool = False
     auto_dedup: bool = False
     ghost_limit: int = GHOST_LIMIT
@@ -67,7 +66,6 @@ class CriuOptions(Value):
             18: True,  # link_remap
             34: CgroupMode.IGNORE,
             35: self.ghost_limit,
-            5: self.tcp_established,
             52: self.tcp_close,
             16: self.auto_dedup,
             3: bool(self.pid),  # leave_running: see migrate.engine.criu for why

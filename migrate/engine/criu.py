@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import threading
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -35,6 +36,7 @@ from migrate.kfd.sysfs import read_topology
 from migrate.model import GpuMap, HostPaths, ProcessRef
 from migrate.preflight.collect import whole_tree
 from migrate.preflight.facts import Facts
+from migrate.preflight.findings import TCP_CLOSE
 from migrate.topology.devices import can_hide, hidden_nodes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -45,7 +47,7 @@ class CriuEngine:
     """``ProcessEngine`` of one host. What counts is in cgroups and the run directory."""
 
     name = "criu"
-    ways_out: frozenset[str] = frozenset()
+    ways_out: frozenset[str] = frozenset({TCP_CLOSE})
 
     def __init__(self, paths: HostPaths, *, criu: str = "criu") -> None:
         self._paths = paths
@@ -99,13 +101,21 @@ class CriuEngine:
         self._trees.gather(process)
         return CpuImage(engine=self.name, state=b"", ranges=())
 
-    def dump(self, process: ProcessRef, visit: Visitor[T]) -> T:
+    def dump(self, process: ProcessRef, visit: Visitor[T], ways_out: Collection[str] = ()) -> T:
         """See ProcessEngine."""
         group = self._trees.group(process)
         if group is None or not group.is_frozen:
             raise CheckpointFailed(f"process {process.pid} is not frozen")
         folder = self._dump_folder(process)
-        dump = Dump(self._criu, self._hooks, self._paths, process, group, folder)
+        dump = Dump(
+            self._criu,
+            self._hooks,
+            self._paths,
+            process,
+            group,
+            folder,
+            tcp_close=TCP_CLOSE in ways_out,
+        )
         with self._lock:
             self._dumps[process] = dump
         return dump.visit(visit)

@@ -32,6 +32,7 @@ class CriuDocument(Value):
 
     ``root``: pid of the tree's root. ``kfd``: pids of its KFD processes, in the order of
     the checkpoints. ``render_nodes``: the source's render minors by actual gpu_id.
+    ``tcp_close``: its TCP connections are to be closed ones; CRIU wants to be told again.
     """
 
     root: int
@@ -39,7 +40,6 @@ class CriuDocument(Value):
     files: tuple[DeviceFile, ...]
     render_nodes: dict[int, int]
     criu: tuple[int, int, int]
-    tcp_established: bool = False
     tcp_close: bool = False
 
     def encode(self) -> bytes:

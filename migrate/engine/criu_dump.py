@@ -55,11 +55,14 @@ class Dump:
         process: ProcessRef,
         group: Cgroup,
         folder: Path,
+        *,
+        tcp_close: bool = False,
     ) -> None:
         """Start it; CRIU is at work when this returns. Raises CriuUnusable, OSError."""
         self.process = process
         self.images = folder / "images"
         self._work = folder
+        self._tcp_close = tcp_close
         self._paths = paths
         self._group = group
         self._kfd = kfd_processes(process.pid, paths)
@@ -127,6 +130,7 @@ class Dump:
             files=tuple(self._files.values()),
             render_nodes=self._render_nodes,
             criu=self._version,
+            tcp_close=self._tcp_close,
         )
         blobs = tuple(
             Blob(name=path.name, size=path.stat().st_size)
@@ -159,6 +163,7 @@ class Dump:
             log="dump.log",
             pid=self.process.pid,
             freeze_cgroup=str(self._group.path),
+            tcp_close=self._tcp_close,
         )
         try:
             response = self._swrk.request(RequestType.DUMP, options, self._notified)

@@ -187,7 +187,6 @@ class Restoration:
             images=str(self._folder / "images"),
             work=str(self._folder),
             log="restore.log",
-            tcp_established=self._document.tcp_established,
             tcp_close=self._document.tcp_close,
             auto_dedup=True,
         )

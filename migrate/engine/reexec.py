@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -111,7 +112,7 @@ class ReexecEngine:
         )
         return CpuImage(engine=self.name, state=state, ranges=ranges)
 
-    def dump(self, process: ProcessRef, visit: Visitor[T]) -> T:
+    def dump(self, process: ProcessRef, visit: Visitor[T], ways_out: Collection[str] = ()) -> T:
         """See ProcessEngine: the image is whole since the freeze."""
         return self.visit_frozen(process, visit)
 

@@ -11,7 +11,7 @@ an agent that comes back after kill -9 has nothing but its journal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol, TypeVar
 
 from migrate.dataplane.access import MemoryAccess
@@ -126,9 +126,10 @@ class ProcessEngine(Protocol):
         What is not known yet of the image comes by ``dump`` and ``finish_dump``.
         """
 
-    def dump(self, process: ProcessRef, visit: Visitor[T]) -> T:
+    def dump(self, process: ProcessRef, visit: Visitor[T], ways_out: Collection[str] = ()) -> T:
         """Begin to write the CPU side of a frozen process; *visit* is called first.
 
+        ``ways_out``: those of the engine's that the user chose; the image says them on.
         *visit* may leave queues paused. Returns when it has; the rest goes on by itself.
         If *visit* raises, queues that it left paused are started and the dump is given up.
         """

@@ -7,9 +7,8 @@ from migrate.model import Value
 
 # Ways out of a blocker that a user may choose, if the engine has them.
 TCP_CLOSE = "tcp-close"
-TCP_ESTABLISHED = "tcp-established"
 PIDNS = "pidns"
-WAYS_OUT = (TCP_CLOSE, TCP_ESTABLISHED, PIDNS)
+WAYS_OUT = (TCP_CLOSE, PIDNS)
 
 
 class Finding(Value):

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from migrate.errors import MigrateError, TcpEstablished, UnsupportedSocket
 from migrate.kfd.file import steal_fd
 from migrate.preflight.descriptors import Descriptor
-from migrate.preflight.findings import TCP_CLOSE, TCP_ESTABLISHED, Finding
+from migrate.preflight.findings import TCP_CLOSE, Finding
 
 AGAIN = 0.05  # seconds
 _INTERNET = frozenset({socket.AF_INET, socket.AF_INET6})
@@ -65,7 +65,7 @@ def _suspects(found: Sequence[Descriptor]) -> Iterator[tuple[Descriptor, Finding
                 continue
             found_wrong = _unsupported(descriptor.name, asked)
             if isinstance(found_wrong, TcpEstablished):
-                yield descriptor, Finding.of(found_wrong, TCP_CLOSE, TCP_ESTABLISHED)
+                yield descriptor, Finding.of(found_wrong, TCP_CLOSE)
             elif found_wrong is not None:
                 yield descriptor, Finding.of(found_wrong)
 

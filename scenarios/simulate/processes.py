@@ -6,7 +6,7 @@ copy is told to the judge at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -215,7 +215,7 @@ class Engine:
         """See ProcessEngine."""
         return self._visit(process, visit, leave_paused=False)
 
-    def dump(self, process: ProcessRef, visit: Visitor[T]) -> T:
+    def dump(self, process: ProcessRef, visit: Visitor[T], ways_out: Collection[str] = ()) -> T:
         """See ProcessEngine."""
         return self._visit(process, visit, leave_paused=True)
 

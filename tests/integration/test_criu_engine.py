@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +29,7 @@ from migrate.engine.criu import HOOK, CriuEngine
 from migrate.errors import CgroupUnusable, CheckpointFailed, CriuUnusable
 from migrate.kfd.process import KfdProcess
 from migrate.model import HostPaths, ProcessRef
+from migrate.preflight.findings import TCP_CLOSE
 
 CRIU = os.environ.get("MIGRATE_CRIU", "criu")
 INCLUDE = Path(os.environ.get("MIGRATE_CRIU_INCLUDE", "/usr/include"))
@@ -75,19 +79,38 @@ pytestmark = [
 ]
 
 
-class Job:
-    """A parent and a child, two threads each, counting into a file each."""
+TALKER = """
+import os, socket, sys, time
+peer = socket.create_connection(("127.0.0.1", int(sys.argv[2])))
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o600)
+count, said = 0, b"open"
+while True:
+    count += 1
+    try:
+        peer.sendall(b"x")
+        said = b"open" if peer.recv(1) else b"ends"
+    except OSError:
+        said = b"shut"
+    os.pwrite(file, count.to_bytes(8, "little") + said, 0)
+    time.sleep(0.005)
+"""
 
-    def __init__(self, folder: Path) -> None:
+
+class Job:
+    """A parent and a child, two threads each, counting into a file each; or a program of ours."""
+
+    def __init__(self, folder: Path, program: str = PROGRAM, *arguments: str) -> None:
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(folder / "counter")],
+            [sys.executable, "-c", program, str(folder / "counter"), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        self.files = (folder / "counter", folder / "counter.child")
+        self.files = [folder / "counter"]
+        if program is PROGRAM:
+            self.files.append(folder / "counter.child")
         self.ref = procfs.reference(self.process.pid)
 
     def counts(self) -> bool:
@@ -96,7 +119,8 @@ class Job:
     def counters(self) -> tuple[int, ...]:
         return tuple(int.from_bytes(file.read_bytes()[:8], "little") for file in self.files)
 
-    def sees_device(self) -> list[bytes]:
+    def says(self) -> list[bytes]:
+        """What is behind the counters."""
         return [file.read_bytes()[8:] for file in self.files]
 
     def stands(self) -> bool:
@@ -133,7 +157,12 @@ def engine(tmp_path: Path) -> CriuEngine:
 
 @pytest.fixture
 def job(tmp_path: Path, engine: CriuEngine) -> Iterator[Job]:
-    started = Job(tmp_path)
+    with ended(engine, Job(tmp_path)) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def ended(engine: CriuEngine, started: Job) -> Iterator[Job]:
     try:
         assert started.counts()
         yield started
@@ -144,17 +173,36 @@ def job(tmp_path: Path, engine: CriuEngine) -> Iterator[Job]:
         started.process.wait()
 
 
+@pytest.fixture
+def talker(tmp_path: Path, engine: CriuEngine) -> Iterator[Job]:
+    """One process with a TCP connection on which every byte is answered."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        started = Job(tmp_path, TALKER, str(port))
+        peer, _ = listener.accept()
+    with peer:
+        threading.Thread(target=answer, args=(peer,), daemon=True).start()
+        with ended(engine, started) as job:
+            yield job
+
+
+def answer(peer: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := peer.recv(100):
+            peer.sendall(data)
+
+
 def count(kfd: Sequence[KfdProcess]) -> int:
     return len(kfd)
 
 
-def dumped(engine: CriuEngine, job: Job) -> None:
+def dumped(engine: CriuEngine, job: Job, *ways_out: str) -> None:
     """The job is frozen and dumped; its image is where the copy looks for it."""
     image = engine.freeze(job.ref)
-    assert engine.dump(job.ref, count) == 0
+    assert engine.dump(job.ref, count, ways_out) == 0
     image = engine.finish_dump(job.ref, image)
     blobs = job.folder / "blobs"
-    blobs.mkdir()
+    blobs.mkdir(exist_ok=True)
     for blob in image.blobs:
         access = engine.blob(job.ref, blob)
         data = bytearray(blob.size)
@@ -208,15 +256,45 @@ def test_a_device_is_hidden_from_the_copy_as_long_as_it_lives(engine: CriuEngine
     if not engine.can_hide_gpus:
         pytest.skip("this kernel takes no device filter")
     dumped(engine, job)
-    assert job.sees_device() == [b"seen", b"seen"]
+    assert job.says() == [b"seen", b"seen"]
     with copy(job, "hide") as process:
         assert line(process) == "forked where it is hidden"
         assert line(process) == f"held True {job.ref.pid}"
         assert line(process, "go") == "released"
         assert job.runs()
-        assert job.sees_device() == [b"none", b"none"]
+        assert job.says() == [b"none", b"none"]
         assert line(process, "go") == "ended False"
     assert not cgroup.ours("copy").exists
+
+
+def can_dump_sockets() -> bool:
+    """Linux 6.16 and newer have SO_PASSSEC for UNIX sockets alone; CRIU before 4.2 asks all."""
+    linux = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+    return linux < (6, 16) or criu_version(CRIU) >= (4, 2, 0)
+
+
+def test_a_connection_is_closed_for_the_copy_alone_if_that_was_chosen(
+    engine: CriuEngine, talker: Job
+) -> None:
+    if not can_dump_sockets():
+        pytest.skip("this CRIU can't dump a socket on this kernel")
+    assert engine.ways_out == {TCP_CLOSE}
+    with pytest.raises(CheckpointFailed):
+        dumped(engine, talker)
+    dumped(engine, talker, TCP_CLOSE)
+    engine.thaw(talker.ref)
+    assert talker.runs()
+    assert talker.says() == [b"open"]
+    dumped(engine, talker, TCP_CLOSE)
+    with copy(talker, "release") as process:
+        assert line(process) == f"held True {talker.ref.pid}"
+        assert line(process, "go") == "released"
+        assert talker.runs()
+        assert wait_until(lambda: talker.says() == [b"shut"])
+        assert line(process, "go") == "ended False"
+    engine.thaw(talker.ref)
+    assert talker.runs()
+    assert wait_until(lambda: talker.says() == [b"open"])
 
 
 def test_a_source_that_is_thawed_runs_on_in_the_group_it_came_from(

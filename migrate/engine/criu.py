@@ -64,12 +64,14 @@ class CriuEngine:
     def survey(self, pid: int) -> Survey:
         """See ProcessEngine."""
         process = procfs.reference(pid)
+        cpu_bytes = sum(procfs.resident_bytes(one) for one in criu_tree.tree(pid))
         return Survey(
             process=process,
             command=procfs.command(pid),
             uid=procfs.uid(pid),
             kfd_processes=tuple(kfd_processes(pid, self._paths)),
-            cpu_bytes=sum(procfs.resident_bytes(one) for one in criu_tree.tree(pid)),
+            cpu_bytes=cpu_bytes,
+            image_bytes=cpu_bytes,
             blockers=tuple(self._blockers()),
         )
 

@@ -35,6 +35,7 @@ class Survey(Value):
     kfd_processes: tuple[int, ...]  # pids of the tree that have /dev/kfd open
     cpu_bytes: int  # estimate of the CPU memory to move
     blockers: tuple[Blocker, ...] = ()
+    image_bytes: int = 0  # of them, what lies in files (Blob) in the run directory of both hosts
 
 
 class CpuRange(Value):

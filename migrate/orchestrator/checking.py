@@ -183,7 +183,7 @@ class Examination:
         return preflight.estimated_needs(self._survey, [u for u in usages if u is not None], record)
 
     def _own_room(self) -> None:
-        for error in preflight.cramped(self._host):
+        for error in preflight.cramped(self._host, self._survey.image_bytes):
             self._block(error)
         hold = self._options.hold_source
         connections = self._host.connected_sockets(self._survey.process) if hold else ()

@@ -99,7 +99,7 @@ def check_options(options: Options) -> None:
 def check_needs(needs: Needs) -> None:
     """What a process needs here. Raises PeerNonsense."""
     _want(len(needs.processes) <= MAX_PROCESSES, f"{len(needs.processes)} KFD processes")
-    for what in ("memory", "quota"):
+    for what in ("memory", "quota", "image_bytes"):
         value = getattr(needs, what)
         _want(0 <= value <= MAX_BYTES, f"a {what} of {value} bytes")
     for kfd in needs.processes:

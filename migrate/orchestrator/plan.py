@@ -49,6 +49,7 @@ class Needs(Value):
     processes: tuple[KfdNeeds, ...]
     memory: int  # bytes of host memory: staging plus CPU memory plus GTT
     quota: int  # bytes the chunk streams may carry at most: sum of all object sizes
+    image_bytes: int = 0  # of the run directory's file system, for the engine's files
 
 
 class BoKey(Value):

@@ -47,6 +47,7 @@ def needs(survey: Survey, checkpoints: Sequence[KfdCheckpoint], options: Options
         processes=tuple(_kfd_needs(c) for c in checkpoints),
         memory=staging + survey.cpu_bytes,
         quota=2 * staging + QUOTA_SLACK,
+        image_bytes=survey.image_bytes,
     )
 
 
@@ -79,6 +80,7 @@ def estimated_needs(survey: Survey, usages: Sequence[ProcessUsage], bo_record_si
         ),
         memory=sum(size for usage in usages for _, size in usage.vram) + 2 * survey.cpu_bytes,
         quota=QUOTA_SLACK,
+        image_bytes=survey.image_bytes,
     )
 
 
@@ -130,19 +132,20 @@ def lacking(host: Host, engine: str, wanted: Needs) -> Iterator[MigrateError]:
             )
     except (KfdUnavailable, MissingCapability) as error:
         yield error
-    yield from cramped(host)
+    yield from cramped(host, wanted.image_bytes)
 
 
-def cramped(host: Host) -> Iterator[MigrateError]:
-    """A run directory without room for the journal's records of a migration."""
+def cramped(host: Host, image_bytes: int) -> Iterator[MigrateError]:
+    """A run directory without room for the engine's files and the journal's records."""
     try:
         left = os.statvfs(host.paths.run)
     except OSError:
         return  # a journal in memory
     free = left.f_bavail * left.f_frsize
-    if free < DISK_RESERVE:
+    wanted = DISK_RESERVE + image_bytes
+    if free < wanted:
         yield InsufficientDisk(
-            f"{host.name} has {free} bytes left for {host.paths.run}, {DISK_RESERVE} are needed"
+            f"{host.name} has {free} bytes left for {host.paths.run}, {wanted} are needed"
         )
 
 

@@ -29,10 +29,12 @@ from migrate.engine.criu import HOOK, CriuEngine
 from migrate.errors import CgroupUnusable, CheckpointFailed, CriuUnusable
 from migrate.kfd.process import KfdProcess
 from migrate.model import HostPaths, ProcessRef
+from migrate.orchestrator.preflight import DISK_RESERVE
 from migrate.preflight.findings import TCP_CLOSE
 
 CRIU = os.environ.get("MIGRATE_CRIU", "criu")
 INCLUDE = Path(os.environ.get("MIGRATE_CRIU_INCLUDE", "/usr/include"))
+CONTENTS = 8 << 20  # bytes of memory that each process has at least
 PROGRAM = """
 import os, sys, threading, time
 counter = [0]
@@ -243,6 +245,8 @@ def test_a_tree_goes_over_and_is_held_until_released(engine: CriuEngine, job: Jo
     dumped(engine, job)
     assert engine.is_frozen(job.ref)
     assert job.stands()
+    size = sum(file.stat().st_size for file in (job.folder / "blobs").iterdir())
+    assert 2 * CONTENTS < size < engine.survey(job.ref.pid).image_bytes + DISK_RESERVE
     with copy(job, "release") as process:
         assert line(process) == f"held True {job.ref.pid}"
         assert job.stands()

@@ -269,6 +269,17 @@ def test_warnings(halves: Halves, alter: Alter, reason: str) -> None:
     assert reason in {warning.reason for warning in found.findings.warnings}
 
 
+def test_no_room_for_the_engines_files(halves: Halves) -> None:
+    with troubled(halves, "listening") as process:
+        survey = halves.here.engine.survey(process.pid)
+        peer = Direct(halves.there, halves.here)
+        for size, hosts in ((0, set()), (1 << 49, {"a", "b"})):
+            wanted = msgspec.structs.replace(survey, image_bytes=size)
+            found = orchestrator.check(halves.here, peer, wanted, Options(), ())
+            said = [b.message for b in found.findings.blockers if b.reason == "INSUFFICIENT_DISK"]
+            assert {message.split()[0] for message in said} == hosts
+
+
 # ---------------------------------------------------------------- ways out
 
 

@@ -26,6 +26,7 @@ from migrate import errors
 from migrate.errors import MigrateError, by_reason
 from migrate.inventory import HostEntry, Inventory, TlsFiles, load, to_toml
 from migrate.orchestrator.host import available_memory
+from migrate.orchestrator.plan import PROTOCOL
 from migrate.rpc.ca import Role, create_ca, issue
 from scenarios.cluster import LOOPBACK, AgentSetup, Cluster, SimulatedHost, wait_until
 from tests.integration import wires
@@ -212,9 +213,11 @@ def test_source_that_the_destination_does_not_list(trouble: Field) -> None:
 
 
 def test_another_version_of_the_protocol(trouble: Field) -> None:
-    prelude = "import migrate.orchestrator.plan as plan\nplan.PROTOCOL = 2"
+    prelude = "import migrate.orchestrator.plan as plan\nplan.PROTOCOL += 1"
     trouble.agent("newer", AgentSetup(prelude=prelude))
-    refused(trouble.run("newer"), errors.ProtocolMismatch, "protocol 1", "2")
+    refused(
+        trouble.run("newer"), errors.ProtocolMismatch, f"protocol {PROTOCOL}", str(PROTOCOL + 1)
+    )
 
 
 # ---------------------------------------------------------------- the process
@@ -464,7 +467,7 @@ def test_streams_that_are_always_damaged(trouble: Field, alter: wires.Alter) -> 
 
 def test_ctrl_c_detaches_and_the_migration_goes_on(whole: Field) -> None:
     cluster = whole.cluster
-    job = start_job(cluster, "a", "watched", steps=600)
+    job = start_job(cluster, "a", "watched", steps=600, pace=0.05)
     command = [sys.executable, "-m", "migrate", "--json", "--inventory", str(cluster.inventory)]
     command += ["run", "a", "b", str(job.pid), "--bandwidth", "8", "--idempotency-key", "watched"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as cli:
@@ -477,6 +480,6 @@ def test_ctrl_c_detaches_and_the_migration_goes_on(whole: Field) -> None:
         assert errors.Interrupted.reason in said.decode()
         assert migration in said.decode()
     report = ended(source, migration)
-    assert (report["status"], report["running"]) == ("completed", "destination")
+    assert (report["status"], report["running"]) == ("completed", "destination"), report["failure"]
     root = cluster.hosts["a"].root
     assert job.result()["digest"] == twin_digest(cluster.folder, 600, root)

@@ -100,7 +100,7 @@ def test_deploy_and_move_and_deploy_again_and_remove(site: Site) -> None:
     assert stat.S_IMODE((etc / "a.key").stat().st_mode) == 0o600
     assert stat.S_IMODE(etc.stat().st_mode) == 0o700
     assert not list(site.cluster.folder.glob("ca/a.key"))  # it was made there and stayed there
-    assert site.servers.log("a").count("Accepted publickey") == 2  # the second on the way to b
+    assert site.servers.log("a").count("Accepted publickey") >= 2  # the second on the way to b
 
     job = start_job(site.cluster, "a", "moved", steps=STEPS, pace=0.2)
     moved = migrate(site.cluster, "run", "a", "b", str(job.pid), inventory=site.inventory)

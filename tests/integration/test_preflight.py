@@ -274,7 +274,7 @@ def test_a_destination_that_allows_nobody(field: Field) -> None:
 
 @provokes("PROTOCOL_MISMATCH")
 def test_another_protocol(field: Field) -> None:
-    prelude = "import migrate.orchestrator.plan as plan\nplan.PROTOCOL = 2"
+    prelude = "import migrate.orchestrator.plan as plan\nplan.PROTOCOL += 1"
     field.refuses("PROTOCOL_MISMATCH", field.agent("later", AgentSetup(prelude=prelude)))
 
 
@@ -465,7 +465,7 @@ def test_too_many_samples_at_once(field: Field) -> None:
 def test_the_report_has_the_prediction_beside_what_came_true(own_cluster: Cluster) -> None:
     for name in ("a", "b"):
         own_cluster.add_host(name)
-    job = start_job(own_cluster, "a", "predicted")
+    job = start_job(own_cluster, "a", "predicted", pace=0.05)
     report = migrate(own_cluster, "run", "a", "b", str(job.pid)).document
     assert report["status"] == "completed", report
     assert report["blockers"] == []

@@ -173,9 +173,12 @@ def test_a_listening_socket_moves(halves: Halves) -> None:
 def test_every_thread_has_an_id(halves: Halves) -> None:
     """Source and destination are one machine, so all of them are taken."""
     with troubled(halves, "listening") as process:
-        message = reasons(halves, process)["PID_IN_USE"]
+        before, count = 0, len(procfs.threads(process.pid))
+        while before != count:  # threads of the program's runtime may still be starting
+            before = count
+            message = reasons(halves, process)["PID_IN_USE"]
+            count = len(procfs.threads(process.pid))
         assert str(process.pid) in message
-        count = len(procfs.threads(process.pid))
         assert f"{count} of {count}" in message
 
 

@@ -96,6 +96,18 @@ class PeakMemory(Value):
     staging: int = 0
 
 
+class VramBytes(Value):
+    """Bytes of VRAM that one agent read and wrote, by ``vram_access``: mapped, or by SDMA.
+
+    All rounds are counted, and what is read back to be compared.
+    """
+
+    mmap_read: int = 0
+    mmap_written: int = 0
+    sdma_read: int = 0
+    sdma_written: int = 0
+
+
 class Failure(Value):
     """Why a migration did not do what was asked, and what to do now."""
 
@@ -146,6 +158,7 @@ class DestinationFigures(Value):
     after_release: float = 0.0
     chunks_verified: int = 0
     peak: PeakMemory = PeakMemory()
+    vram: VramBytes = VramBytes()
 
 
 class Report(Value):
@@ -188,6 +201,8 @@ class Report(Value):
     stream_resumes: int = 0
     source_peak: PeakMemory = PeakMemory()
     destination_peak: PeakMemory = PeakMemory()
+    source_vram: VramBytes = VramBytes()
+    destination_vram: VramBytes = VramBytes()
     failure: Failure | None = None
     schema: str = REPORT_SCHEMA
 

@@ -14,11 +14,14 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Literal
 
+import msgspec
+
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import MmapAccess
 from migrate.dataplane.sdma.access import SdmaAccess
 from migrate.dataplane.sdma.card import Cards
 from migrate.errors import MigrationFailed
+from migrate.report import VramBytes
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +41,54 @@ class VramMode(StrEnum):
     SDMA = "sdma"
 
 
+class VramTally:
+    """Bytes of VRAM by the side they went by; many threads add."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bytes = VramBytes()
+
+    def add(self, field: str, count: int) -> None:
+        """*field* is one of VramBytes."""
+        with self._lock:
+            now = getattr(self._bytes, field) + count
+            self._bytes = msgspec.structs.replace(self._bytes, **{field: now})
+
+    @property
+    def bytes(self) -> VramBytes:
+        """So far."""
+        with self._lock:
+            return self._bytes
+
+
+class CountedAccess:
+    """A BO in VRAM, whose bytes are counted once they are over."""
+
+    def __init__(self, access: MemoryAccess, mode: VramMode, tally: VramTally) -> None:
+        self._access = access
+        self._mode = mode
+        self._tally = tally
+        self.size = access.size
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        """Always None: who looks at a view is not counted."""
+        return None
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """See MemoryAccess."""
+        self._access.read(offset, into)
+        self._tally.add(f"{self._mode}_read", len(into))
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """See MemoryAccess."""
+        self._access.write(offset, data)
+        self._tally.add(f"{self._mode}_written", len(data))
+
+    def close(self) -> None:
+        """See MemoryAccess."""
+        self._access.close()
+
+
 class VramAccess:
     """Opens BOs of one host. *node_of* gives the render node of a gpu_id. Thread-safe."""
 
@@ -48,32 +99,47 @@ class VramAccess:
         self._lock = threading.Lock()
         self._chosen: dict[tuple[int, Direction], VramMode] = {}
 
-    def open(self, fd: int, size: int, gpu_id: int | None, direction: Direction) -> MemoryAccess:
+    def open(
+        self,
+        fd: int,
+        size: int,
+        gpu_id: int | None,
+        direction: Direction,
+        tally: VramTally | None = None,
+    ) -> MemoryAccess:
         """Access to a BO by its dmabuf, which stays the caller's.
 
         *gpu_id* is the actual id of the GPU whose VRAM it is, None for GTT. *direction* is
         what it is opened for; both work. To measure writing, bytes are read and written back:
-        nothing else may write to a BO that is opened for that. Raises MigrationFailed if
-        ``sdma`` was asked for and does not work.
+        nothing else may write to a BO that is opened for that. What goes from and to VRAM
+        is added to *tally*, but for the measurement. Raises MigrationFailed if ``sdma`` was
+        asked for and does not work.
         """
-        if gpu_id is None or self.mode is VramMode.MMAP:
+        if gpu_id is None:
             return MmapAccess(fd, size, own=False)
-        if self.mode is VramMode.SDMA:
-            return self._by_engine(fd, size, gpu_id)
-        if size < TOO_SMALL:
-            return MmapAccess(fd, size, own=False)
-        with self._lock:
-            key = (gpu_id, direction)
-            if key not in self._chosen:
-                self._chosen[key] = self._choose(fd, size, gpu_id, direction)
-            chosen = self._chosen[key]
-        if chosen is VramMode.SDMA:
-            return self._by_engine(fd, size, gpu_id)
-        return MmapAccess(fd, size, own=False)
+        mode = self._mode_for(fd, size, gpu_id, direction)
+        access: MemoryAccess
+        if mode is VramMode.SDMA:
+            access = self._by_engine(fd, size, gpu_id)
+        else:
+            access = MmapAccess(fd, size, own=False)
+        return access if tally is None else CountedAccess(access, mode, tally)
 
     def close(self) -> None:
         """Give the cards back."""
         self._cards.close()
+
+    def _mode_for(self, fd: int, size: int, gpu_id: int, direction: Direction) -> VramMode:
+        """MMAP or SDMA; measured if nothing else says which."""
+        if self.mode is not VramMode.AUTO:
+            return self.mode
+        if size < TOO_SMALL:
+            return VramMode.MMAP
+        with self._lock:
+            key = (gpu_id, direction)
+            if key not in self._chosen:
+                self._chosen[key] = self._choose(fd, size, gpu_id, direction)
+            return self._chosen[key]
 
     def _by_engine(self, fd: int, size: int, gpu_id: int) -> MemoryAccess:
         try:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from migrate import faults
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.staging import Staging
-from migrate.dataplane.vram import Direction
+from migrate.dataplane.vram import Direction, VramTally
 from migrate.engine.seam import HeldProcess, MovedBo, MovedGpu
 from migrate.errors import (
     Cancelled,
@@ -162,6 +162,7 @@ class DestinationMigration:
         self._held: HeldProcess | None = None
         self._clock = Laps(host.clock.monotonic)
         self._verified = 0
+        self._vram = VramTally()
         self._released_at = 0.0
         self._reply: GrantReply | None = None
         self._why = ""
@@ -259,6 +260,7 @@ class DestinationMigration:
             after_release=after,
             chunks_verified=self._verified,
             peak=self.host.peak_memory(),
+            vram=self._vram.bytes,
         )
 
     def staging_ranges(self) -> tuple[tuple[int, int], ...]:
@@ -523,7 +525,7 @@ class DestinationMigration:
                 raise VerificationFailed(f"object {item.object_id}: its buffer has no dmabuf here")
             was = vram_of(order.checkpoints[item.bo.process], item.bo.index)
             gpu_id = None if was is None else order.gpu_map[was]
-            access = self.host.vram_access.open(fd, item.size, gpu_id, direction)
+            access = self.host.vram_access.open(fd, item.size, gpu_id, direction, self._vram)
         else:
             assert item.cpu is not None
             access = held.memory(item.cpu)

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 from migrate.dataplane.messages import ObjectKind
 from migrate.dataplane.stats import RoundStats
+from migrate.dataplane.vram import VramTally
 from migrate.engine.seam import Survey
 from migrate.errors import MigrateError, OwnedDead, OwnerUnknown
 from migrate.model import GpuMap
@@ -78,6 +79,7 @@ class SourceFigures:
         self.downtime = Laps(time.monotonic)
         self.rounds: list[Round] = []
         self.stats: list[RoundStats] = []
+        self.vram = VramTally()
         self.predicted: float | None = None
         self.prediction: Prediction | None = None
         self.blockers: tuple[Failure, ...] = ()
@@ -184,6 +186,8 @@ class SourceFigures:
             stream_resumes=self.stream_resumes,
             source_peak=peak,
             destination_peak=self._destination.peak,
+            source_vram=self.vram.bytes,
+            destination_vram=self._destination.vram,
             failure=None if error is None else failure(error),
         )
 

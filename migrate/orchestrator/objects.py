@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.messages import ObjectInfo, ObjectKind
-from migrate.dataplane.vram import VramAccess
+from migrate.dataplane.vram import VramAccess, VramTally
 from migrate.engine.seam import Blob, CpuRange
 from migrate.errors import SvmUnsupported
 from migrate.kfd.privdata import PrivateData, decode
@@ -112,6 +112,7 @@ def opened(
     orders: Sequence[ObjectOrder],
     checkpoints: Sequence[Checkpointed],
     vram: VramAccess,
+    tally: VramTally | None = None,
     cpu: Callable[[CpuRange], MemoryAccess] | None = None,
     blob: Callable[[Blob], MemoryAccess] | None = None,
 ) -> Iterator[list[tuple[ObjectInfo, MemoryAccess]]]:
@@ -125,7 +126,7 @@ def opened(
                 fd = checkpointed.dmabufs[order.bo.index]
                 assert fd is not None
                 gpu_id = vram_of(checkpointed.checkpoint, order.bo.index)
-                access = vram.open(fd, order.size, gpu_id, "read")
+                access = vram.open(fd, order.size, gpu_id, "read", tally)
             elif order.blob is not None:
                 assert blob is not None
                 access = blob(order.blob)

@@ -499,7 +499,7 @@ class SourceMigration:
             )
 
         with opened(
-            *(orders, checkpoints, self.host.vram_access),
+            *(orders, checkpoints, self.host.vram_access, self.figures.vram),
             lambda r: self.host.engine.memory(self.process, r),
             lambda b: self.host.engine.blob(self.process, b),
         ) as objects:

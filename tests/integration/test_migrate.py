@@ -47,6 +47,8 @@ def test_a_running_job_moves_and_comes_out_like_its_twin(cluster: Cluster) -> No
     assert all(row.source_gpu_id != row.destination_gpu_id for row in report.gpu_map)
     assert report.chunks_verified > 0
     assert report.bytes.vram >= 2 << 20
+    assert report.source_vram.mmap_read >= report.bytes.vram
+    assert report.destination_vram.mmap_read >= report.bytes.vram  # all is read back
     parts = report.downtime
     assert parts is not None
     total = parts.stop + parts.checkpoint + parts.delta + parts.build + parts.placement

@@ -15,9 +15,11 @@ from migrate.dataplane.vram import (
     TOO_SMALL,
     VramAccess,
     VramMode,
+    VramTally,
     measure,
 )
 from migrate.errors import MigrationFailed
+from migrate.report import VramBytes
 
 SIZE = 1 << 20
 
@@ -80,3 +82,18 @@ def test_measuring_changes_nothing() -> None:
     for direction in ("read", "write"):
         assert measure(BytesAccess(memory), direction) > 0
     assert memory == data
+
+
+def test_bytes_of_vram_are_counted_and_those_of_host_memory_are_not(fd: int) -> None:
+    access, tally = VramAccess(VramMode.MMAP, str), VramTally()
+    buffer = memoryview(bytearray(4096))
+    for gpu_id in (7, None):
+        opened = access.open(fd, SIZE, gpu_id, "read", tally)
+        opened.read(8192, buffer)
+        opened.read(0, buffer[:100])
+        opened.write(0, buffer)
+        with pytest.raises(OSError, match="bytes 0xfffff"):
+            opened.read(SIZE - 1, buffer)
+        assert opened.view(0, 1) is None
+        opened.close()
+    assert tally.bytes == VramBytes(mmap_read=4196, mmap_written=4096)

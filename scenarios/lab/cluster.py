@@ -166,7 +166,7 @@ class LabCluster:
     def migrate(self, source: str, destination: str, pid: int, *options: str) -> dict[str, Any]:
         """``migrate run`` from outside; the report. Raises LabError if it did not complete."""
         result = self.run("--json", "run", source, destination, str(pid), *options)
-        report: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+        report: dict[str, Any] = json.loads(result.stdout)
         return report
 
     # ------------------------------------------------------------ inside

@@ -19,6 +19,9 @@ from scenarios.lab.layout import PROJECT, LabError, Layout
 
 PARTS = ("migrate", "agents", "scenarios", "tests", "pyproject.toml")
 TARGET = "/opt/project"
+ENSURE_HOOK = (
+    'from pathlib import Path; from agents.hook import ensure_hook; ensure_hook(Path("hook"))'
+)
 # The kernel itself is at fault, or our module. What amdkfd says about bad arguments is not.
 TROUBLE = re.compile(r"WARNING:|BUG:|Oops|Call Trace|general protection|hung task|blocked for more")
 
@@ -58,6 +61,12 @@ def build_for(host: Host, script: str, *results: str) -> None:
         line = f"cd {inside} && PYTHONPATH=.:/{SITE} && export PYTHONPATH && {script}"
         debian.in_root(layout, layout.guest_root, "sh", "-c", line)
         host.copy(*results, source=stage, target="/root")
+
+
+def install_hook(host: Host) -> None:
+    """Compile the agents' hook outside of *host*, which would take a minute or more over it."""
+    build_for(host, f"python3 -c '{ENSURE_HOOK}'", "hook")
+    host.ssh("mkdir -p /run/migrate && cp -r /root/hook /run/migrate/")
 
 
 def run(host: Host, arguments: Sequence[str], report: Callable[[str], None]) -> frozenset[str]:

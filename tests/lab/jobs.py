@@ -20,7 +20,15 @@ from tests.lab.gpu_job import chain
 PYTHON = "cd /opt/project && python3 -m"
 PATIENCE = 600.0  # seconds; the guests are emulated
 ROCR = "/root/rocr_job"
+FIRST_PID = {"a": 10000, "b": 20000}
 WORD = 2**64
+
+
+def prepare(host: Host) -> None:
+    """Make a host ready for an agent whose processes move to another host of the lab."""
+    conformance.install_hook(host)
+    # A copy keeps its pid, and hosts that boot alike use the same ones.
+    host.ssh(f"echo {FIRST_PID[host.name]} > /proc/sys/kernel/ns_last_pid")
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:

@@ -21,17 +21,13 @@ from scenarios.lab.host import HostSpec
 from scenarios.lab.image import NEXT_CRIU
 from scenarios.lab.layout import Layout
 from tests.lab.conftest import Hosts
-from tests.lab.jobs import GpuJob, RocrJob, wait_for
+from tests.lab.jobs import GpuJob, RocrJob, prepare, wait_for
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
 
 Report = dict[str, Any]
 Pair = Callable[[int, int], LabCluster]
 Keep = Callable[..., None]
-ENSURE_HOOK = (
-    'from pathlib import Path; from agents.hook import ensure_hook; ensure_hook(Path("hook"))'
-)
-FIRST_PID = {"a": 10000, "b": 20000}
 PATIENCE = ("--patience", "600")  # emulated hosts on a busy machine
 DEVICES = "/opt/project/migrate/topology/devices.py"
 
@@ -48,11 +44,7 @@ def pair(hosts: Hosts, layout: Layout) -> Iterator[Pair]:
             made.clear()
             cluster = LabCluster(layout)
             for host in found:
-                # The agent would compile its hook in the guest: emulated, a minute or more.
-                conformance.build_for(host, f"python3 -c '{ENSURE_HOOK}'", "hook")
-                host.ssh("mkdir -p /run/migrate && cp -r /root/hook /run/migrate/")
-                # A copy keeps its pid, and hosts that boot alike use the same ones.
-                host.ssh(f"echo {FIRST_PID[host.name]} > /proc/sys/kernel/ns_last_pid")
+                prepare(host)
                 cluster.hosts[host.name] = host
                 cluster.start_agent(host.name)
             made[a, b] = cluster

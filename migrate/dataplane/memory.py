@@ -48,8 +48,25 @@ class ProcessMemoryAccess:
     def read(self, offset: int, into: memoryview) -> None:
         """See MemoryAccess. ESRCH, EFAULT, EPERM."""
         check_bounds(self.size, offset, len(into))
-        if len(into):
+        if not len(into):
+            return
+        try:
             process_vm.read(self._pid, address_of(into), self._address + offset, len(into))
+        except OSError as error:
+            if error.errno != errno.EFAULT or not self._read_device(offset, into):
+                raise
+
+    def _read_device(self, offset: int, into: memoryview) -> bool:
+        """Read a mapping of a device's memory, as BOs' are; whether it was one.
+
+        It has no pages to lend (VM_PFNMAP), but /proc/PID/mem asks its driver
+        (``__access_remote_vm`` in mm/memory.c, ``ttm_bo_vm_access``).
+        """
+        try:
+            with open(f"/proc/{self._pid}/mem", "rb", buffering=0) as memory:
+                return os.preadv(memory.fileno(), [into], self._address + offset) == len(into)
+        except OSError:
+            return False
 
     def write(self, offset: int, data: memoryview) -> None:
         """See MemoryAccess. ESRCH, EFAULT, EPERM."""

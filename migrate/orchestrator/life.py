@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from migrate.dataplane.access import MemoryAccess
 from migrate.engine import procfs
 from migrate.engine.seam import CpuRange, ProcessEngine
@@ -82,6 +84,16 @@ def judge(ran: Activity, *, cpu: float, packets: int) -> str:
     return ALIVE if packets or cpu > WOKEN else IDLE
 
 
+def judge_by(ran: Activity, pointers: Mapping[int, int], *, cpu: float) -> str:
+    """``judge`` by the read pointers that could be read; by CPU time alone if none could.
+
+    They are where the queue says, as ROCr maps a buffer. A process may have it elsewhere.
+    """
+    if ran.pointers and not pointers:
+        ran = msgspec.structs.replace(ran, packets=0)
+    return judge(ran, cpu=cpu, packets=advanced(dict(ran.pointers), pointers))
+
+
 def watch(ran: Activity, process: ProcessRef, engine: ProcessEngine, clock: Clock) -> str:
     """Watch a copy that was just released, for WINDOW seconds at most."""
     deadline = clock.monotonic() + WINDOW
@@ -90,8 +102,8 @@ def watch(ran: Activity, process: ProcessRef, engine: ProcessEngine, clock: Cloc
     while True:
         if not engine.is_alive(process):
             return ENDED
-        packets = advanced(dict(ran.pointers), _pointers(ran, process, engine))
-        found = judge(ran, cpu=procfs.cpu_seconds(process.pid) - started, packets=packets)
+        cpu = procfs.cpu_seconds(process.pid) - started
+        found = judge_by(ran, _pointers(ran, process, engine), cpu=cpu)
         if found == ALIVE or clock.monotonic() >= deadline:
             return found
         wait.wait(INTERVAL)

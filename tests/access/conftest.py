@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -51,7 +52,8 @@ def owner(link: Link, size: int, flags: int) -> None:
     link.say(buffer.size)
     while True:
         what, *arguments = link.hear()
-        link.say(getattr(buffer, what)(*arguments))
+        found = attrgetter(what)(buffer)
+        link.say(found(*arguments) if arguments else found)
 
 
 @dataclass
@@ -71,6 +73,12 @@ class Owned:
         """By the process itself."""
         data: bytes = self.child.ask(("read", offset, length))
         return data
+
+    @property
+    def address(self) -> int:
+        """Where the process has it mapped."""
+        found: int = self.child.ask(("memory.address",))
+        return found
 
 
 def own(host: Host, size: int, flags: int) -> Owned:

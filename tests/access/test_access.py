@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from migrate.dataplane.access import MemoryAccess
+from migrate.dataplane.memory import ProcessMemoryAccess
 from tests.access.conftest import SIZE, SLOT, Owned
 
 pytestmark = pytest.mark.timeout(600)
@@ -94,3 +95,11 @@ def test_random_ranges(access: MemoryAccess, owned: Owned) -> None:
         access.write(offset, memoryview(bytearray(data)))
         mirror[offset : offset + length] = data
     assert read(access, 0, SIZE) == mirror
+
+
+def test_it_is_read_by_the_address_that_its_process_has_it_at(owned: Owned) -> None:
+    data = os.urandom(SIZE)
+    owned.write(0, data)
+    mapped = ProcessMemoryAccess(owned.child.pid, owned.address, SIZE)
+    for offset, length in RANGES:
+        assert read(mapped, offset, length) == data[offset : offset + length]

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from migrate.orchestrator.life import ALIVE, IDLE, SUSPECT, Look, advanced, between, expected, judge
+from migrate.orchestrator.life import (
+    ALIVE,
+    IDLE,
+    SUSPECT,
+    Look,
+    advanced,
+    between,
+    expected,
+    judge,
+    judge_by,
+)
 from migrate.orchestrator.plan import Activity
 
 BUSY = Activity(seconds=2.0, cpu=1.0, packets=200)
@@ -41,3 +51,11 @@ def test_between_two_looks() -> None:
 
 def test_a_queue_that_was_made_anew_counts_for_nothing() -> None:
     assert advanced({1: 50}, {1: 3}) == 0
+
+
+def test_pointers_that_cannot_be_read_are_not_held_against_a_copy() -> None:
+    ran = Activity(seconds=2.0, cpu=1.0, packets=200, pointers=((0x1000, 200), (0x2000, 5)))
+    assert judge_by(ran, {}, cpu=0.5) == ALIVE
+    assert judge_by(ran, {}, cpu=0.0) == SUSPECT
+    assert judge_by(ran, {0x1000: 200}, cpu=0.5) == SUSPECT
+    assert judge_by(ran, {0x1000: 201}, cpu=0.0) == ALIVE

@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 UPKEEP = 2.0  # seconds between looks at what waits
 SILENCE = 10.0  # seconds without a word before the source is asked
 MAX_WAITING = 64  # reserved and not granted, all sources together
-SAMPLE_LIFE = 15.0  # seconds that a session for a sample is open
+SAMPLE_LIFE = 60.0  # seconds that a session for a sample is open
 MAX_SAMPLES, MAX_SAMPLE = 8, 16 << 20  # at once, bytes each
 RESERVATION_LIFE = 300.0  # seconds a reservation outlives a source that can't be reached
 

@@ -26,6 +26,7 @@ FIRST_STEP = 512 << 10  # bytes; each step sends twice as much as the one before
 BUDGET = 0.3  # seconds after which no further step begins
 INTERVAL = 0.2  # seconds at least between the two looks at the same bytes
 CONNECT = 1.5  # seconds to reach the data port in
+PATIENCE = 15.0  # seconds that a sample's connection may be broken at most
 
 
 class Sample(Value):
@@ -104,7 +105,8 @@ def take(
 ) -> Sample | None:
     """Send a sample to *session*; None if the objects have less than one chunk.
 
-    *patience*: seconds that a connection may be broken. Raises StreamBroken, and
+    *patience*: seconds that a connection may be broken, up to PATIENCE: the destination ends
+    the session of a sample that takes too long, and waits for none. Raises StreamBroken, and
     MigrationFailed for memory that can't be read.
     """
     steps = choose(objects)
@@ -121,7 +123,7 @@ def take(
         session.session_id,
         lambda: next(epochs),
         streams=streams,
-        reconnect_timeout=patience,
+        reconnect_timeout=min(patience, PATIENCE),
     )
     try:
         return _measured(sender, steps)

@@ -44,7 +44,7 @@ def test_all_vram_goes_by_the_dma_engines(
     job = GpuJob(cluster.hosts["a"], 7201, f"--vram {WEIGHTS}", gpus=GPUS)
     pid = cluster.spawn("a", job.command)
     before = job.started()
-    report = cluster.migrate("a", "b", pid, "--patience", "600")
+    report = cluster.migrate("a", "b", pid)
     assert (report["status"], report["owner"]) == ("completed", "destination"), report
 
     job.host = cluster.hosts["b"]

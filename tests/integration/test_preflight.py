@@ -184,6 +184,10 @@ def test_nothing_to_be_checked(field: Field) -> None:
 # ---------------------------------------------------------------- the process
 
 
+def test_an_option_that_the_engine_has_not_got(field: Field) -> None:
+    assert field.refuses("ENGINE_UNSUPPORTED", "b", "--tcp-close") == ["ENGINE_UNSUPPORTED"]
+
+
 @provokes("SVM_UNSUPPORTED")
 @provokes("ENGINE_UNSUPPORTED")
 def test_svm_ranges_and_no_runtime(field: Field) -> None:

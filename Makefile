@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.stamp
 WEIGHTS := .venv/.weights
 # A hanging test is ended by pytest-timeout; this ends a pytest that hangs itself.
-LIMIT ?= 600
+LIMIT ?= 900
 EVIDENCE := docs/evidence
 DRILLS ?= build
 

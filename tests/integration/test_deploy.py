@@ -89,6 +89,7 @@ def changed(outcome: Outcome) -> dict[str, list[str]]:
     return {row["host"]: row["changed"] for row in outcome.document["hosts"]}
 
 
+@pytest.mark.soak
 def test_deploy_and_move_and_deploy_again_and_remove(site: Site) -> None:
     """One story, because each deployment stands on the one before."""
     first = site.deploy("--allow-from", "a,b")

@@ -1,4 +1,4 @@
-"""A journal on a disk that is really full: nothing is begun, the job runs on, a reason is given."""
+"""A run directory that is really full: nothing is begun, the job runs on, a reason is given."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from migrate.errors import InsufficientDisk, JournalUnusable, MigrateError
+from migrate.orchestrator.preflight import DISK_RESERVE
 from scenarios.cluster import Cluster
 from tests.integration.jobs import migrate, start_job
 
@@ -27,8 +29,17 @@ def fill(folder: Path) -> Path:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("full", ["a", "b"], ids=["source", "destination"])
-def test_a_full_disk_is_told_and_the_job_runs_on(own_cluster: Cluster, full: str) -> None:
+@pytest.mark.parametrize(
+    ("full", "error"),
+    [
+        # The source can't even record the request; the destination is looked at before.
+        pytest.param("a", JournalUnusable, id="source"),
+        pytest.param("b", InsufficientDisk, id="destination"),
+    ],
+)
+def test_a_full_disk_is_told_and_the_job_runs_on(
+    own_cluster: Cluster, full: str, error: type[MigrateError]
+) -> None:
     if os.geteuid() != 0:
         pytest.skip("mounting a small tmpfs needs root")
     cluster = own_cluster
@@ -36,14 +47,16 @@ def test_a_full_disk_is_told_and_the_job_runs_on(own_cluster: Cluster, full: str
         cluster.add_host(name)
     run = cluster.hosts[full].root / "run"
     cluster.kill_agent(full, signal.SIGTERM)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(run)], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={2 * DISK_RESERVE}", "tmpfs", str(run)], check=True
+    )
     try:
         cluster.start_agent(full)
         job = start_job(cluster, "a", "full", steps=100_000)
         filler = fill(run)
         outcome = migrate(cluster, "run", "a", "b", str(job.pid))
-        assert outcome.failure["reason"] == "JOURNAL_UNUSABLE", outcome.document
-        assert outcome.code == 14
+        assert outcome.failure["reason"] == error.reason, outcome.document
+        assert outcome.code == error.exit_code
         assert "space" in outcome.failure["advice"]
         job.runs_on()
         filler.unlink()

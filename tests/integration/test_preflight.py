@@ -469,7 +469,7 @@ def test_too_many_samples_at_once(field: Field) -> None:
 def test_the_report_has_the_prediction_beside_what_came_true(own_cluster: Cluster) -> None:
     for name in ("a", "b"):
         own_cluster.add_host(name)
-    job = start_job(own_cluster, "a", "predicted", pace=0.05)
+    job = start_job(own_cluster, "a", "predicted", steps=400, pace=0.05)
     report = migrate(own_cluster, "run", "a", "b", str(job.pid)).document
     assert report["status"] == "completed", report
     assert report["blockers"] == []

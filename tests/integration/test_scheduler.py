@@ -34,6 +34,7 @@ def start(cluster: Cluster) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*command, str(cluster.inventory), str(state), "a", "b,c"])
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(2 * LIMIT)
 def test_a_scheduler_and_agents_that_are_killed_move_every_job_once(own_cluster: Cluster) -> None:
     for name in ("a", "b", "c"):

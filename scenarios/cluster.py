@@ -27,6 +27,7 @@ from migrate.engine.runtime import HOST_ROOT, PTRACER
 from migrate.inventory import HostEntry, Inventory, TlsFiles, load, to_toml
 from migrate.model import HostPaths
 from migrate.rpc.ca import Authority, Role, create_ca, issue
+from scenarios.ports import free_port
 
 READY_TIMEOUT = 120.0  # seconds for a node or an agent to be usable, on a machine that is busy
 END_TIMEOUT = 20.0  # seconds for one to end after SIGTERM
@@ -228,7 +229,7 @@ class Cluster:
         tls = host.setup.tls or self.certificate(host.name, Role.AGENT)
         values: dict[str, object] = {
             "name": host.name,
-            "listen": host.address or f"{LOOPBACK}:0",
+            "listen": host.address or f"{LOOPBACK}:{free_port()}",
             "data_listen": f"{LOOPBACK}:0",
             "root": str(host.root),
             "allow_from": [name for name in self.names if name != host.name],

@@ -11,13 +11,13 @@ import getpass
 import os
 import resource
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from scenarios.bench.rivals import PIECE, Job, Sample, cpu
+from scenarios.ports import free_port
 
 WAIT = 30.0  # seconds for a server to listen
 SSHD = "/usr/sbin/sshd"
@@ -69,7 +69,7 @@ class Workshop:
     @contextlib.contextmanager
     def _serving(self, way: Callable[[], None]) -> Iterator[None]:
         """The server that a way needs, ended and waited for afterwards."""
-        self.port = _free_port()
+        self.port = free_port()
         command = {
             "rsync": self._rsync_daemon,
             "files": self._rsync_daemon,
@@ -173,12 +173,6 @@ def _write(path: Path, job: Job) -> None:
 def _children() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def _await_listener(port: int) -> None:

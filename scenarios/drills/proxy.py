@@ -131,13 +131,3 @@ class Proxy:
             self._pairs.discard(pair)
         here.close()
         there.close()
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens at now."""
-    # Below the range that outgoing connections take theirs from: it stays free while an agent
-    # is away.
-    while True:
-        port = random.randrange(20000, 32000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port

@@ -19,7 +19,8 @@ from migrate.inventory import HostEntry, Inventory, to_toml
 from migrate.journal import Record, read_records
 from migrate.rpc.ca import Role
 from scenarios.cluster import LOOPBACK, AgentSetup, Cluster, SimulatedHost
-from scenarios.drills.proxy import Proxy, free_port
+from scenarios.drills.proxy import Proxy
+from scenarios.ports import free_port
 
 HOSTS: Mapping[str, str] = {"source": "a", "destination": "b"}
 SHIM = Path(__file__).with_name("shim.c")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from migrate.model import Value
 from scenarios.lab.layout import LabError, Layout, output
+from scenarios.ports import free_port
 
 BOOT_SECONDS = 600.0  # emulated and on a busy machine; usually 10
 # PCI slots of the first GPU: the slot goes into a gpu_id, so hosts have different ids.
@@ -89,7 +90,7 @@ class Host:
                 *("-b", self.layout.disk, disk),
             ]
         )
-        port, agent_port = _free_port(), _free_port()
+        port, agent_port = free_port(), free_port()
         with (self.folder / "qemu.log").open("w") as log:
             started = subprocess.run(
                 self._command(spec, port, agent_port),
@@ -279,13 +280,6 @@ def _probe_kvm(layout: Layout) -> bool:
     except subprocess.TimeoutExpired:
         return False
     return b"LAB PROBE" in result.stdout
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _start_time(pid: int) -> int | None:

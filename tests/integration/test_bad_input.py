@@ -29,6 +29,7 @@ from migrate.orchestrator.host import available_memory
 from migrate.orchestrator.plan import PROTOCOL
 from migrate.rpc.ca import Role, create_ca, issue
 from scenarios.cluster import LOOPBACK, AgentSetup, Cluster, SimulatedHost, wait_until
+from scenarios.ports import free_port
 from tests.integration import wires
 from tests.integration.jobs import Job, Outcome, migrate, start_job, twin_digest
 from tests.integration.lookers import (
@@ -79,7 +80,7 @@ class Field:
 def whole() -> Iterator[Field]:
     with Cluster.temporary() as cluster:
         cluster.add_host("a")
-        port = wires.free_port()
+        port = free_port()
         with Wire(port) as wire:
             settings = {"data_listen": f"{LOOPBACK}:{port}", "data_advertise": wire.address}
             cluster.add_host("b", setup=AgentSetup(settings=settings))
@@ -135,7 +136,7 @@ def test_same_host_twice(trouble: Field) -> None:
 
 def test_no_agent_answers_at_the_destination(trouble: Field) -> None:
     inventory = load(trouble.cluster.inventory)
-    address = f"{LOOPBACK}:{wires.free_port()}"
+    address = f"{LOOPBACK}:{free_port()}"
     hosts = {**inventory.hosts, "down": HostEntry(address=address)}
     path = trouble.cluster.folder / "down.toml"
     path.write_text(to_toml(Inventory(tls=inventory.tls, hosts=hosts)))

@@ -17,8 +17,9 @@ from migrate.client import Client
 from migrate.inventory import HostEntry, Inventory, to_toml
 from migrate.rpc.ca import Role
 from scenarios.cluster import Cluster
+from scenarios.ports import free_port
 from tests.integration.jobs import Outcome, migrate, start_job, twin_digest
-from tests.integration.sshd import SSHD, Servers, free_port
+from tests.integration.sshd import SSHD, Servers
 
 pytestmark = [
     pytest.mark.skipif(not SSHD, reason="no sshd (Debian: openssh-server)"),

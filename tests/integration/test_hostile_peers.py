@@ -31,7 +31,7 @@ from migrate.orchestrator.plan import KfdNeeds, Needs, Options
 from migrate.rpc.ca import Role, issue, revoke
 from migrate.rpc.peer import GrpcPeer
 from scenarios.cluster import Cluster, wait_until
-from tests.integration import wires
+from scenarios.ports import free_port
 from tests.integration.jobs import migrate, start_job, twin_digest
 from tests.integration.lookers import ended, started, states, wait_state
 
@@ -294,7 +294,7 @@ def test_nobody_listens_at_a_port_of_the_past(cluster: Cluster) -> None:
     files = cluster.certificate("a", Role.AGENT)
     peer = GrpcPeer(
         "b",
-        f"127.0.0.1:{wires.free_port()}",
+        f"127.0.0.1:{free_port()}",
         files,
         source="a",
         source_address="127.0.0.1:1",

@@ -28,6 +28,7 @@ from migrate.preflight.catalogue import BLOCKERS
 from migrate.preflight.notes import NOTES
 from migrate.rpc.ca import Role, create_ca, issue
 from scenarios.cluster import LOOPBACK, AgentSetup, Cluster, SimulatedHost, wait_until
+from scenarios.ports import free_port
 from tests.integration import wires
 from tests.integration.jobs import Job, Outcome, migrate, start_job
 from tests.integration.lookers import states
@@ -259,7 +260,7 @@ def _inventory(cluster: Cluster, tls: TlsFiles | None = None, **hosts: str) -> P
 
 @provokes("AGENT_UNREACHABLE")
 def test_no_agent(field: Field) -> None:
-    down = _inventory(field.cluster, down=f"{LOOPBACK}:{wires.free_port()}")
+    down = _inventory(field.cluster, down=f"{LOOPBACK}:{free_port()}")
     field.refuses("AGENT_UNREACHABLE", "down", inventory=down)
 
 
@@ -399,13 +400,13 @@ def test_an_agent_of_another_user(field: Field) -> None:
 
 @provokes("DATA_PORT_UNREACHABLE")
 def test_a_data_port_behind_a_firewall(field: Field) -> None:
-    settings = {"data_advertise": f"{LOOPBACK}:{wires.free_port()}"}
+    settings = {"data_advertise": f"{LOOPBACK}:{free_port()}"}
     field.refuses("DATA_PORT_UNREACHABLE", field.agent("walled", AgentSetup(settings=settings)))
 
 
 @provokes("STREAM_BROKEN")
 def test_a_link_that_damages_everything(field: Field) -> None:
-    port = wires.free_port()
+    port = free_port()
     with wires.Wire(port) as wire:
         settings = {"data_listen": f"{LOOPBACK}:{port}", "data_advertise": wire.address}
         name = field.agent("noisy", AgentSetup(settings=settings))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from scenarios.cluster import LOOPBACK
-from tests.integration import wires
+from scenarios.ports import free_port
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "tutorial.md"
 PORTS = ("7612", "7613", "7614")
@@ -41,7 +41,7 @@ def test_the_tutorial_works(folder: Path) -> None:
     text = script()
     for port in PORTS:
         assert f"{LOOPBACK}:{port}" in text
-        text = text.replace(f":{port}", f":{wires.free_port()}")
+        text = text.replace(f":{port}", f":{free_port()}")
     assert f"--steps {STEPS}" in text
     text = text.replace(f"--steps {STEPS}", "--steps 1500")  # not the time that a reader has
     binaries = Path(sys.executable).parent

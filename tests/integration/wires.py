@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import select
 import socket
 import threading
@@ -15,15 +14,6 @@ TICK = 0.05  # seconds
 PIECE = 64 << 10  # bytes
 
 Alter = Callable[[int, bytes], bytes | None]  # offset and bytes towards the target; None: cut
-
-
-def free_port() -> int:
-    """A port that nothing listens on, below those that the kernel hands out by itself."""
-    while True:
-        port = random.SystemRandom().randrange(12_000, 30_000)
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind((LOOPBACK, port))
-            return port
 
 
 def unaltered(_offset: int, data: bytes) -> bytes | None:

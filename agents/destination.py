@@ -275,6 +275,7 @@ class Destinations:
             for migration in live:
                 try:
                     self._end_if_revoked(migration)
+                    migration.undo_failed_build()
                     if migration.machine.state in UNGRANTED:
                         self._ask_source(migration)
                     elif migration.unfinished:

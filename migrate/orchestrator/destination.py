@@ -76,6 +76,7 @@ _AFTER_WRITE = {
     DestinationState.REVOKING: "destination.revoking",
     DestinationState.REVOKED: "destination.revoked",
 }
+_BUILDS = frozenset({DestinationState.RESERVED, DestinationState.RESTORING})
 _OWNS = frozenset(
     {
         DestinationState.OWNED,
@@ -286,6 +287,20 @@ class DestinationMigration:
     def go_on(self) -> None:
         """After a restart, and after a decision could not be carried out: do what it needs."""
         self.feed(Restarted(copy_present=self.is_present()))
+
+    def undo_failed_build(self) -> None:
+        """Undo a build that failed and could not be undone then: a full disk, a failed kill.
+
+        It was never PREPARED, so nobody can have granted it: the source need not be asked.
+        """
+        if not self._is_failed_build():
+            return
+        with self._lock:
+            if self._is_failed_build():  # and not one that was just about to end
+                self.feed(CancelCame())
+
+    def _is_failed_build(self) -> bool:
+        return self.unfinished and self.machine.state in _BUILDS
 
     def _perform(self, effects: Sequence[DestinationEffect]) -> list[DestinationEvent]:
         came: list[DestinationEvent] = []

@@ -301,6 +301,11 @@ def no_upkeep() -> None:
     agents_destination.UPKEEP = 1e9
 
 
+def leave_failed_build() -> None:
+    """A build that failed while the disk was full is left to the source to end."""
+    _wrap(DestinationMigration, "undo_failed_build", lambda _original, _self: None)
+
+
 def undo_forgets_the_queues() -> None:
     """The undo thaws the tasks and leaves the queues paused."""
 
@@ -396,6 +401,7 @@ MUTATIONS: Mapping[str, Callable[[], None]] = {
         kill_before_releasing,
         no_retry,
         no_upkeep,
+        leave_failed_build,
         undo_forgets_the_queues,
         reclaim_on_suspect,
         owned_before_confirmed,

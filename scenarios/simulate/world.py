@@ -11,7 +11,7 @@ import msgspec
 
 from agents.resolving import resolve
 from migrate import faults as fault_points
-from migrate.errors import MigrateError, UnknownMigration, UsageError
+from migrate.errors import JournalUnusable, MigrateError, UnknownMigration, UsageError
 from migrate.model import Value
 from migrate.orchestrator.plan import Options
 from migrate.status import DestinationState, SourceState
@@ -123,7 +123,8 @@ class World:
     def fence_and_resolve(self, owner: str) -> None:
         """An impatient operator switches a host off for good and has the other one decide.
 
-        That one may refuse, because nothing has to be decided: then nothing must have changed.
+        That one may refuse, because nothing has to be decided or its disk is full: then nothing
+        must have changed.
         """
         node, fenced = self.nodes[owner], "b" if owner == "a" else "a"
         if node.agent is None or not node.agent.serves or self.resolved:
@@ -237,7 +238,8 @@ class World:
                 resolve(
                     agent.node.name, sources, destinations, migration, owner=owner, fenced=fenced
                 )
-            except (UsageError, UnknownMigration):
+            except (UsageError, UnknownMigration, JournalUnusable) as error:
+                self.tell(f"{agent.node.name}: no decision: {error}")
                 refused()
 
         self.scheduler.start("operator", agent, act)

@@ -45,9 +45,19 @@ MAX_WAITING = 64  # reserved and not granted, all sources together
 SAMPLE_LIFE = 60.0  # seconds that a session for a sample is open
 MAX_SAMPLES, MAX_SAMPLE = 8, 16 << 20  # at once, bytes each
 RESERVATION_LIFE = 300.0  # seconds a reservation outlives a source that can't be reached
+REMEMBERED = 600.0  # seconds that an ended migration is kept in memory; the journal keeps it
 
 UNGRANTED = frozenset(
     {DestinationState.RESERVED, DestinationState.RESTORING, DestinationState.PREPARED}
+)
+RUNS_HERE = frozenset({DestinationState.OWNED, DestinationState.CONFIRMED})
+HAS_ENDED = frozenset(
+    {
+        DestinationState.ABORTED,
+        DestinationState.REFUSED,
+        DestinationState.REVOKED,
+        DestinationState.OWNED_DEAD,
+    }
 )
 # A source that reclaimed had granted, and this copy was revoked: nothing to be asked about.
 NOT_GRANTED = frozenset({SourceState.UNDOING, SourceState.ROLLED_BACK})
@@ -217,6 +227,19 @@ class Destinations:
             live = list(self._live.values())
         return [(migration.machine.state, migration.is_present()) for migration in live]
 
+    def forget_ended(self, silent: float = REMEMBERED) -> None:
+        """Drop from memory what has ended and was not spoken of for *silent* seconds.
+
+        Whoever asks later is answered from the journal.
+        """
+        now = self._host.clock.monotonic()
+        with self._lock:
+            old = [m for m in self._live.values() if now - m.last_heard >= silent]
+        ended = [m for m in old if _is_over(m)]
+        with self._lock:
+            for migration in ended:
+                self._live.pop(migration.id, None)
+
     def go_on(self, migration: str) -> tuple[str, str] | None:
         """State and what was done, "" if nothing is unfinished; None if it does not come here.
 
@@ -270,6 +293,7 @@ class Destinations:
         while not self._stop.wait(UPKEEP):
             now = self._host.clock.monotonic()
             self._end_samples(lambda sample, now=now: sample.ends < now)  # type: ignore[misc]
+            self.forget_ended()
             with self._lock:
                 live = list(self._live.values())
             for migration in live:
@@ -317,3 +341,11 @@ class Destinations:
             migration.cancel()
         elif said.store_id == source.store_id and said.state:
             migration.last_heard = self._host.clock.monotonic()
+
+
+def _is_over(migration: DestinationMigration) -> bool:
+    """Whether nothing will ever be done about it again, but answering."""
+    state = migration.machine.state
+    if migration.unfinished:
+        return False
+    return state in HAS_ENDED or (state in RUNS_HERE and not migration.is_present())

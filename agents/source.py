@@ -40,6 +40,7 @@ UNFINISHED = frozenset(
     }
 )
 ENDED_STATES = frozenset({SourceState.DONE, SourceState.ROLLED_BACK})
+REMEMBERED = 100  # ended migrations whose events can still be followed; the journal keeps all
 
 
 class RequestRecord(Value):
@@ -105,7 +106,8 @@ class Sources:
                 self._host.journal.append(migration, "key", key)
             faults.point("source.requested")
             self._launch(self._build(migration, request, SourceHandover()), restarted=False)
-            return migration
+        self.forget_ended()
+        return migration
 
     def check(self, pid: int, destination: str, address: str, options: Options) -> Check:
         """Everything that speaks against a migration, and what it would cost.
@@ -286,6 +288,21 @@ class Sources:
         return not any(thread.is_alive() for thread in threads) and not any(
             migration.side.machine.state in UNFINISHED for migration in live
         )
+
+    def forget_ended(self, keep: int = REMEMBERED) -> None:
+        """Drop all but the newest *keep* ended migrations from memory.
+
+        Their reports stay in the journal.
+        """
+        with self._lock:
+            running = self._running()
+            ended = [
+                m.id
+                for m in self._live.values()
+                if m.id not in running and m.side.machine.state in ENDED_STATES
+            ]
+            for migration in ended[: max(len(ended) - keep, 0)]:
+                del self._live[migration], self._threads[migration]
 
     def _running(self) -> set[str]:
         return {m for m, thread in self._threads.items() if thread.is_alive()}

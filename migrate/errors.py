@@ -312,13 +312,13 @@ class SvmUnsupported(MigrateError):
 
 
 class SharedBuffer(MigrateError):
-    """A buffer has two owners, and a restore would give each of them its own."""
+    """A buffer is shared with a process that stays behind, or can't be shared again."""
 
     reason = "SHARED_BUFFER"
     exit_code = 46
     advice = (
-        "Moving shared buffers is not there yet. Let the processes that share end, or run the"
-        " program without IPC handles and imported dmabufs."
+        "End the process that the message names first, or move it as well, as part of one tree;"
+        " what else the message says, the program has to do without."
     )
 
 

@@ -33,7 +33,10 @@ class Arena(Value):
 
 
 class Document(Value):
-    """The CPU side of a process, at one instant. ``state`` is the program's own record."""
+    """The CPU side of a process, at one instant. ``state`` is the program's own record.
+
+    ``pids``: pids of its tree as the program knows them, and what they are now.
+    """
 
     executable: str
     arguments: tuple[str, ...]
@@ -45,15 +48,41 @@ class Document(Value):
     arenas: tuple[Arena, ...]
     next_address: int
     state: bytes
+    pids: dict[int, int] = msgspec.field(default_factory=dict)
+
+
+class Member(Value):
+    """A process of a tree. ``parent`` is the index of another one, -1 that of the root."""
+
+    pid: int
+    parent: int
+    document: Document
+    has_kfd: bool = True
+
+
+class Tree(Value):
+    """A process and those of its descendants that have the runtime, parents first."""
+
+    members: tuple[Member, ...]
 
 
 class Finish(Value):
-    """Everything the trampoline needs to become the process."""
+    """Everything the trampoline needs to become the process. ``pids``: old and new ones."""
 
     document: Document
     gpus: tuple[MovedGpu, ...]
     bos: tuple[MovedBo, ...]
     number: int  # of the freeze it then stops itself in
+    pids: dict[int, int] = msgspec.field(default_factory=dict)
+
+
+class Spawn(Value):
+    """What the trampoline of a parent needs to start a child anew. ``output``: two paths."""
+
+    command: tuple[str, ...]
+    directory: str
+    environment: dict[str, str]
+    output: tuple[str, str]
 
 
 def moved(

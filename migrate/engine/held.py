@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,12 +17,12 @@ import msgspec
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import ProcessMemoryAccess
 from migrate.engine import control, limits, procfs
-from migrate.engine.document import Document, Finish
+from migrate.engine.document import Document, Finish, Member, Spawn, Tree
 from migrate.engine.marker import Marker
 from migrate.engine.remote import Connection, RemoteFile
 from migrate.engine.runtime import HOST_ROOT, PTRACER
 from migrate.engine.seam import CpuRange, MovedBo, MovedGpu
-from migrate.engine.trampoline import EXECUTOR_FD, OPEN_KFD, pack_ranges
+from migrate.engine.trampoline import OPEN_KFD, pack_ranges, start_again
 from migrate.engine.wire import Kind
 from migrate.errors import (
     InsufficientMemory,
@@ -42,68 +41,144 @@ _TAIL = 4096  # bytes of what the new process wrote that are looked at after a f
 
 
 class Held:
-    """``HeldProcess`` of the reexec engine."""
+    """``HeldProcess`` of the reexec engine: a process, and its children that came with it."""
 
     process: ProcessRef
 
-    def __init__(
-        self, channel: socket.socket, document: Document, paths: HostPaths, log: Path
-    ) -> None:
-        self._connection = Connection(channel)
-        self._document = document
-        self._paths = paths
-        self._errors = Path(document.output[1] or log)
-        self._errors_start = self._errors.stat().st_size if self._errors.exists() else 0
-        self._kfd: tuple[KfdProcess, ...] = ()
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._copies: list[_Copy] = []
 
     @classmethod
-    def start(
-        cls, document: Document, ranges: list[tuple[int, int]], paths: HostPaths, log: Path
-    ) -> Self:
-        """Start the command anew and let it open /dev/kfd and map its CPU ranges.
+    def start(cls, tree: Tree, ranges: Sequence[CpuRange], paths: HostPaths, log: Path) -> Self:
+        """Start the commands anew and let them open /dev/kfd and map their CPU ranges.
 
-        Raises RestoreFailed, InsufficientMemory; then no process is left.
+        A child is started by its parent. Raises RestoreFailed, InsufficientMemory; then no
+        process is left.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        held = cls(tree)
         try:
-            ours.settimeout(_BUILD_TIMEOUT)
-            held = cls(ours, document, paths, log)
-            with theirs:
-                held.process = _spawn(document, paths, log, theirs.fileno())
-            held._begin(ranges)
+            for member in tree.members:
+                parent = held._copies[member.parent] if member.parent >= 0 else None
+                copy = _Copy.start(member, parent, paths, log)
+                held._copies.append(copy)
+                copy.begin([(r.address, r.length) for r in ranges if r.pid == member.pid])
         except BaseException:
-            ours.close()  # a trampoline ends when its agent does
+            for copy in held._copies:
+                copy.close()  # a trampoline ends when its agent does
             raise
+        held.process = held._copies[0].process
         return held
-
-    def _begin(self, ranges: list[tuple[int, int]]) -> None:
-        try:
-            path = os.fsencode(self._paths.kfd)
-            number = self._connection.ask(Kind.OPEN, path, file=OPEN_KFD).file
-            self._connection.ask(Kind.RANGES, pack_ranges(ranges))
-        except MemoryError as error:
-            raise InsufficientMemory(str(error)) from error
-        except (OSError, MigrateError) as error:
-            raise self._failed("starting it", error) from error
-        file = RemoteFile(self._connection, number)
-        self._kfd = (KfdProcess(file, self.process.pid),)
 
     @property
     def kfd(self) -> Sequence[KfdProcess]:
-        """Its KFD process; ioctls and ``open_node`` run inside the new process."""
-        return self._kfd
+        """Its KFD processes; ioctls and ``open_node`` run inside each new process."""
+        return [copy.kfd for copy in self._copies if copy.kfd is not None]
 
     def memory(self, wanted: CpuRange) -> MemoryAccess:
-        """Write access to a range; its ``pid`` (the source's) is not looked at."""
-        return ProcessMemoryAccess(self.process.pid, wanted.address, wanted.length)
+        """Write access to a range; its ``pid`` is the source's."""
+        for member, copy in zip(self._tree.members, self._copies, strict=True):
+            if member.pid == wanted.pid:
+                return ProcessMemoryAccess(copy.process.pid, wanted.address, wanted.length)
+        raise RestoreFailed(f"process {wanted.pid} is none of the image's")
 
     def restored(self, gpus: Sequence[MovedGpu], bos: Sequence[MovedBo]) -> None:
         """See HeldProcess: all the rest needs the memory's contents."""
 
     def finish(self, gpus: Sequence[MovedGpu], bos: Sequence[MovedBo]) -> None:
         """Map BOs, rebuild the CPU state, and hold. Raises RestoreFailed, ProcessExited."""
+        pids = {
+            member.pid: copy.process.pid
+            for member, copy in zip(self._tree.members, self._copies, strict=True)
+        }
+        process = 0
+        for copy in self._copies:
+            mine = [gpu for gpu in gpus if copy.kfd is not None and gpu.process == process]
+            process += copy.kfd is not None
+            copy.finish(mine, bos, pids)
+
+    def release(self) -> None:
+        """Let it run. Raises ProcessExited."""
+        for copy in self._copies:
+            if not procfs.is_alive(copy.process):
+                raise ProcessExited(f"process {copy.process.pid} ended while it was held")
+        for copy in self._copies:
+            control.thaw(copy.process)
+
+    def abandon(self) -> None:
+        """End it, built or not, and wait until it is gone. Idempotent."""
+        for copy in self._copies:
+            copy.close()
+        for copy in reversed(self._copies):
+            control.kill(copy.process)
+
+
+class _Copy:
+    """One process of the tree, under the agent's command."""
+
+    process: ProcessRef
+
+    def __init__(self, channel: socket.socket, member: Member, paths: HostPaths, log: Path) -> None:
+        self._connection = Connection(channel)
+        self._member = member
+        self._paths = paths
+        self._errors = Path(member.document.output[1] or log)
+        self._errors_start = self._errors.stat().st_size if self._errors.exists() else 0
+        self.kfd: KfdProcess | None = None
+
+    @classmethod
+    def start(cls, member: Member, parent: _Copy | None, paths: HostPaths, log: Path) -> Self:
+        """Start its command: by *parent*, or as a child of this agent. Raises RestoreFailed."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            ours.settimeout(_BUILD_TIMEOUT)
+            copy = cls(ours, member, paths, log)
+            with theirs:
+                spawn = _spawn(member.document, paths, log)
+                if parent is None:
+                    copy.process = _start(spawn, theirs.fileno(), log)
+                else:
+                    copy.process = parent.start_child(spawn, theirs.fileno())
+        except BaseException:
+            ours.close()
+            raise
+        return copy
+
+    def start_child(self, spawn: Spawn, executor: int) -> ProcessRef:
+        """Have this process start a child. Raises RestoreFailed."""
+        try:
+            packed = msgspec.msgpack.encode(spawn)
+            return procfs.reference(self._connection.ask(Kind.SPAWN, packed, fds=(executor,)).file)
+        except (OSError, MigrateError) as error:
+            raise self._failed("starting its child", error) from error
+
+    def begin(self, ranges: list[tuple[int, int]]) -> None:
+        """Let it open /dev/kfd and map its CPU ranges."""
+        try:
+            number = None
+            if self._member.has_kfd:
+                path = os.fsencode(self._paths.kfd)
+                number = self._connection.ask(Kind.OPEN, path, file=OPEN_KFD).file
+            self._connection.ask(Kind.RANGES, pack_ranges(ranges))
+        except MemoryError as error:
+            raise InsufficientMemory(str(error)) from error
+        except (OSError, MigrateError) as error:
+            raise self._failed("starting it", error) from error
+        if number is not None:
+            self.kfd = KfdProcess(RemoteFile(self._connection, number), self.process.pid)
+
+    def finish(
+        self, gpus: Sequence[MovedGpu], bos: Sequence[MovedBo], pids: dict[int, int]
+    ) -> None:
+        """Have it become the process that was frozen, and stop."""
         number = random.getrandbits(63) | 1
-        order = Finish(document=self._document, gpus=tuple(gpus), bos=tuple(bos), number=number)
+        order = Finish(
+            document=self._member.document,
+            gpus=tuple(gpus),
+            bos=tuple(bos),
+            number=number,
+            pids=pids,
+        )
         try:
             self._connection.ask(Kind.FINISH, msgspec.msgpack.encode(order))
             self._await_held(number)
@@ -122,16 +197,9 @@ class Held:
                     raise TimeoutError("it did not stop")
                 time.sleep(_POLL)
 
-    def release(self) -> None:
-        """Let it run. Raises ProcessExited."""
-        if not procfs.is_alive(self.process):
-            raise ProcessExited(f"process {self.process.pid} ended while it was held")
-        control.thaw(self.process)
-
-    def abandon(self) -> None:
-        """End it, built or not, and wait until it is gone. Idempotent."""
+    def close(self) -> None:
+        """Break off: a trampoline that was not told to finish ends."""
         self._connection.close()
-        control.kill(self.process)
 
     def _failed(self, doing: str, error: Exception) -> MigrateError:
         """RestoreFailed with the last line that the new process wrote, if it wrote any."""
@@ -143,34 +211,32 @@ class Held:
         return RestoreFailed(f"{text} ({said.decode(errors='replace')})" if said else text)
 
 
-def _spawn(document: Document, paths: HostPaths, log: Path, executor: int) -> ProcessRef:
-    command = [document.executable, *document.arguments[1:]]
-    environment = {**document.environment, **_host(paths), EXECUTOR_FD: str(executor)}
-    if not any(name == HOST_ROOT for name in _host(paths)):
+def _spawn(document: Document, paths: HostPaths, log: Path) -> Spawn:
+    environment = {**document.environment, **_host(paths)}
+    if HOST_ROOT not in _host(paths):
         environment.pop(HOST_ROOT, None)
+    out, errors = (path or str(log) for path in document.output)
+    return Spawn(
+        command=(document.executable, *document.arguments[1:]),
+        directory=document.directory,
+        environment=environment,
+        output=(out, errors),
+    )
+
+
+def _start(spawn: Spawn, executor: int, log: Path) -> ProcessRef:
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(path or log, "ab")) for path in document.output]
-            started = subprocess.Popen(
-                command,
-                cwd=document.directory,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=files[0],
-                stderr=files[1],
-                pass_fds=[executor],
-                start_new_session=True,  # it outlives the agent and its terminal
-            )
+        started = start_again(spawn, executor)
     except OSError as error:
-        raise RestoreFailed(f"{command[0]}: {error}") from error
+        raise RestoreFailed(f"{spawn.command[0]}: {error}") from error
     limits.give_back(started.pid)
     # Its parent is this agent as long as that lives: somebody has to take its exit code.
     threading.Thread(target=started.wait, name=f"reap-{started.pid}", daemon=True).start()
     try:
         return procfs.reference(started.pid)
     except NoSuchProcess as error:
-        raise RestoreFailed(f"{' '.join(command)} ended at once") from error
+        raise RestoreFailed(f"{' '.join(spawn.command)} ended at once") from error
 
 
 def _host(paths: HostPaths) -> Mapping[str, str]:

@@ -4,21 +4,25 @@ Freeze is a signal at any instant; the runtime hands over a document and stops t
 whole process (SIGSTOP), which outlives this agent. At the destination the same command
 is started anew, and its runtime becomes the process before the program's own code
 runs; the pid may change. See migrate.engine.runtime for why any instant is right.
+
+Children that have the runtime come along, and are started anew by their parents; pipes and
+other files that a parent and its child have in common do not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import ProcessMemoryAccess
 from migrate.engine import control, procfs
-from migrate.engine.document import Document
+from migrate.engine.document import Document, Member, Tree
 from migrate.engine.held import Held
 from migrate.engine.marker import Marker
 from migrate.engine.seam import Blob, Blocker, CpuImage, CpuRange, Survey, T, Visitor
@@ -34,6 +38,8 @@ from migrate.kfd.file import find_kfd_fds
 from migrate.model import GpuMap, HostPaths, ProcessRef
 from migrate.preflight.collect import restarted
 from migrate.preflight.facts import Facts
+
+D = TypeVar("D", Document, Tree)
 
 
 class ReexecEngine:
@@ -51,66 +57,116 @@ class ReexecEngine:
     # ------------------------------------------------------------ looking
 
     def survey(self, pid: int) -> Survey:
-        """See ProcessEngine."""
+        """See ProcessEngine. Its tree are those of its descendants that have the runtime."""
         process = procfs.reference(pid)
         uid = procfs.uid(pid)
         if os.geteuid() not in (0, uid):
             raise ForeignProcess(f"process {pid} belongs to user {uid}")
         if not find_kfd_fds(pid, self._paths):
             raise NotKfdProcess(f"process {pid} has no open {self._paths.kfd}")
+        members = self._members(process)
         return Survey(
             process=process,
             command=procfs.command(pid),
             uid=uid,
-            kfd_processes=(pid,),
-            cpu_bytes=procfs.resident_bytes(pid),
-            blockers=tuple(self._blockers(process)),
+            kfd_processes=tuple(self._with_kfd(members)),
+            cpu_bytes=sum(procfs.resident_bytes(member.pid) for member in members),
+            blockers=tuple(self._blockers(members)),
         )
 
-    def _blockers(self, process: ProcessRef) -> list[Blocker]:
-        found: list[MigrateError] = []
-        try:
-            with Marker.of(process) as marker:
-                if procfs.all_stopped(process.pid) and not marker.handed:
-                    found.append(
-                        EngineUnsupported(
-                            f"process {process.pid} is stopped by somebody else",
-                            advice=f"Continue it first: kill -CONT {process.pid}",
-                        )
-                    )
-        except (EngineUnsupported, ForeignProcess) as error:
-            found.append(error)
-        for child in procfs.descendants(process.pid):
+    def _members(self, process: ProcessRef) -> list[ProcessRef]:
+        """The root, whatever it is, and its descendants that can be moved, parents first."""
+        found = [process]
+        for pid in procfs.descendants(process.pid):
+            with contextlib.suppress(NoSuchProcess, EngineUnsupported, ForeignProcess):
+                child = procfs.reference(pid)
+                Marker.of(child).close()
+                found.append(child)
+        return found
+
+    def _with_kfd(self, members: Sequence[ProcessRef]) -> list[int]:
+        found = []
+        for member in members:
             with contextlib.suppress(NoSuchProcess):
-                if find_kfd_fds(child, self._paths):
-                    text = f"its child {child} has {self._paths.kfd} open, too"
-                    found.append(EngineUnsupported(f"process {process.pid}: {text}"))
+                if find_kfd_fds(member.pid, self._paths):
+                    found.append(member.pid)
+        return found
+
+    def _blockers(self, members: Sequence[ProcessRef]) -> list[Blocker]:
+        found: list[MigrateError] = []
+        for member in members:
+            try:
+                with Marker.of(member) as marker:
+                    if procfs.all_stopped(member.pid) and not marker.handed:
+                        found.append(
+                            EngineUnsupported(
+                                f"process {member.pid} is stopped by somebody else",
+                                advice=f"Continue it first: kill -CONT {member.pid}",
+                            )
+                        )
+            except (EngineUnsupported, ForeignProcess) as error:
+                found.append(error)
+        root, pids = members[0].pid, {member.pid for member in members}
+        for child in procfs.descendants(root):
+            with contextlib.suppress(NoSuchProcess):
+                if child not in pids and find_kfd_fds(child, self._paths):
+                    text = f"its child {child} has {self._paths.kfd} open and not the runtime"
+                    found.append(EngineUnsupported(f"process {root}: {text}"))
         return [Blocker(reason=e.reason, message=e.message, advice=e.hint) for e in found]
 
     def facts(self, process: ProcessRef) -> Facts:
-        """See ProcessEngine: what the command needs to be started again."""
-        return restarted(process.pid, self._paths)
+        """See ProcessEngine: what the commands need to be started again."""
+        return restarted([member.pid for member in self._members(process)], self._paths)
 
     # ------------------------------------------------------------ source
 
     def snapshot(self, process: ProcessRef, visit: Visitor[T]) -> T:
         """See ProcessEngine."""
-        with traced(process, self._paths) as kfd:
+        pids = self._with_kfd(self._members(process))
+        with traced(process, self._paths, pids=pids or None) as kfd:
             return visit(kfd)
 
     def freeze(self, process: ProcessRef) -> CpuImage:
-        """See ProcessEngine. Raises EngineUnsupported, FreezeTimeout, ProcessExited."""
+        """See ProcessEngine. Raises EngineUnsupported, FreezeTimeout, ProcessExited.
+
+        A child that is born meanwhile is born by one that runs still, so looking again until
+        there is none but frozen ones finds them all.
+        """
         if not procfs.is_alive(process):
             raise NoSuchProcess(f"process {process.pid} has ended")
-        with Marker.of(process) as marker:
-            control.freeze(process, marker, self._freeze_timeout)
-            state = marker.document()
-        document = decode_document(state)
+        states: dict[ProcessRef, bytes] = {}
+        try:
+            while fresh := [m for m in self._members(process) if m not in states]:
+                for member in fresh:
+                    with Marker.of(member) as marker:
+                        control.freeze(member, marker, self._freeze_timeout)
+                        states[member] = marker.document()
+        except BaseException:
+            with contextlib.suppress(MigrateError):
+                self.thaw(process)
+            raise
+        tree = self._tree(states)
         ranges = tuple(
-            CpuRange(pid=process.pid, address=arena.address, length=arena.length)
-            for arena in document.arenas
+            CpuRange(pid=member.pid, address=arena.address, length=arena.length)
+            for member in tree.members
+            for arena in member.document.arenas
         )
-        return CpuImage(engine=self.name, state=state, ranges=ranges)
+        return CpuImage(engine=self.name, state=msgspec.msgpack.encode(tree), ranges=ranges)
+
+    def _tree(self, states: Mapping[ProcessRef, bytes]) -> Tree:
+        pids = [member.pid for member in states]
+        with_kfd = self._with_kfd(list(states))
+        return Tree(
+            members=tuple(
+                Member(
+                    pid=member.pid,
+                    parent=_nearest(member.pid, pids) if number else -1,
+                    document=_decoded(state, Document),
+                    has_kfd=member.pid in with_kfd,
+                )
+                for number, (member, state) in enumerate(states.items())
+            )
+        )
 
     def dump(self, process: ProcessRef, visit: Visitor[T], ways_out: Collection[str] = ()) -> T:
         """See ProcessEngine: the image is whole since the freeze."""
@@ -122,12 +178,13 @@ class ReexecEngine:
 
     def visit_frozen(self, process: ProcessRef, visit: Visitor[T]) -> T:
         """See ProcessEngine. If *visit* raises, queues it left paused are started again."""
-        with traced(process, self._paths, leave_paused=True) as kfd:
+        pids = self._with_kfd(self._members(process))
+        with traced(process, self._paths, pids=pids or None, leave_paused=True) as kfd:
             return visit(kfd)
 
     def memory(self, process: ProcessRef, wanted: CpuRange) -> MemoryAccess:
         """See ProcessEngine."""
-        return ProcessMemoryAccess(process.pid, wanted.address, wanted.length)
+        return ProcessMemoryAccess(wanted.pid, wanted.address, wanted.length)
 
     def blob(self, process: ProcessRef, wanted: Blob) -> MemoryAccess:
         """See ProcessEngine: there are none."""
@@ -135,7 +192,8 @@ class ReexecEngine:
 
     def thaw(self, process: ProcessRef) -> None:
         """See ProcessEngine. Also releases a held process at the destination."""
-        control.thaw(process)
+        for member in self._members(process):
+            control.thaw(member)
 
     # ------------------------------------------------------------ destination
 
@@ -150,15 +208,15 @@ class ReexecEngine:
         """See ProcessEngine. Raises RestoreFailed, InsufficientMemory."""
         if image.engine != self.name:
             raise EngineUnsupported(f"the image is one of the engine {image.engine}")
-        ranges = [(item.address, item.length) for item in image.ranges]
         log = Path(self._paths.run) / f"{migration}.log"
-        return Held.start(decode_document(image.state), ranges, self._paths, log)
+        return Held.start(decode_tree(image.state), image.ranges, self._paths, log)
 
     # ------------------------------------------------------------ both
 
     def kill(self, process: ProcessRef) -> None:
-        """See ProcessEngine."""
-        control.kill(process)
+        """See ProcessEngine: the root last, since it is by it that the others are found."""
+        for member in reversed(self._members(process)):
+            control.kill(member)
 
     def is_alive(self, process: ProcessRef) -> bool:
         """See ProcessEngine."""
@@ -169,15 +227,44 @@ class ReexecEngine:
         if not procfs.is_alive(process):
             return False
         try:
-            with Marker.of(process) as marker:
-                return control.is_frozen(process, marker)
+            return all(_is_frozen(member) for member in self._members(process))
         except (EngineUnsupported, NoSuchProcess):
             return False
 
 
+def _is_frozen(process: ProcessRef) -> bool:
+    with Marker.of(process) as marker:
+        return control.is_frozen(process, marker)
+
+
+def _nearest(pid: int, pids: Sequence[int]) -> int:
+    """Index of the closest ancestor of *pid* among *pids*; of the root if none is left."""
+    with contextlib.suppress(NoSuchProcess):
+        while pid := procfs.parent(pid):
+            if pid in pids:
+                return pids.index(pid)
+    return 0
+
+
+def decode_tree(state: bytes) -> Tree:
+    """The processes of an image. Raises EngineUnsupported if they are not of this version."""
+    tree = _decoded(state, Tree)
+    pids = {member.pid for member in tree.members}
+    for number, member in enumerate(tree.members):
+        if not (-1 <= member.parent < number and (member.parent < 0) == (number == 0)):
+            raise EngineUnsupported("the CPU image has a child before its parent")
+    if not tree.members or len(pids) != len(tree.members):
+        raise EngineUnsupported("the CPU image has no process, or one twice")
+    return tree
+
+
 def decode_document(state: bytes) -> Document:
-    """The document of an image. Raises EngineUnsupported if it is another version's."""
+    """The document of an image's first process. Raises EngineUnsupported."""
+    return decode_tree(state).members[0].document
+
+
+def _decoded(state: bytes, kind: type[D]) -> D:
     try:
-        return msgspec.msgpack.decode(state, type=Document)
+        return msgspec.msgpack.decode(state, type=kind)
     except msgspec.DecodeError as error:
         raise EngineUnsupported(f"the CPU image can't be read: {error}") from error

@@ -23,7 +23,9 @@ class Connection:
         self._lock = threading.Lock()
         self._sequence = 0
 
-    def ask(self, kind: Kind, payload: bytes = b"", *, file: int = 0) -> Message:
+    def ask(
+        self, kind: Kind, payload: bytes = b"", *, file: int = 0, fds: tuple[int, ...] = ()
+    ) -> Message:
         """Send a request, wait for its reply. The reply's fds belong to the caller.
 
         Raises OSError with the executor's errno, ConnectionResetError when the executor is
@@ -32,7 +34,7 @@ class Connection:
         with self._lock:
             self._sequence = self._sequence + 1 & 0xFFFFFFFF
             try:
-                wire.send(self._channel, Message(kind, self._sequence, 0, file, payload))
+                wire.send(self._channel, Message(kind, self._sequence, 0, file, payload, fds))
                 reply = wire.receive(self._channel)
             except BrokenPipeError as error:
                 raise ConnectionResetError("the executor is gone") from error
@@ -75,6 +77,14 @@ class RemoteFile:
     def open_node(self, path: str) -> int:
         """See KfdFile: the number is one of the executor's process."""
         return self._connection.ask(Kind.OPEN, os.fsencode(path)).file
+
+    def give_fd(self, fd: int) -> int:
+        """See KfdFile: the number is one of the executor's process."""
+        return self._connection.ask(Kind.GIVE, fds=(fd,)).file
+
+    def close_given(self, number: int) -> None:
+        """See KfdFile."""
+        self._connection.ask(Kind.CLOSE, file=number)
 
     def mmap(self, offset: int, length: int, address: int | None = None) -> Mapping:
         """Memory of another process can't be mapped here: always OSError(ENODEV)."""

@@ -74,6 +74,7 @@ class Runtime:
         self._arenas: tuple[Arena, ...] = ()
         self._next_address = FIRST_ADDRESS
         self._actual_ids: dict[int, int] = {}  # by the gpu_ids that the process knows
+        self._pids: dict[int, int] = {}  # by the pids that the process knows
         self._state: object = None
         self._encoded = b""
         self._indivisible = 0
@@ -126,6 +127,10 @@ class Runtime:
             if self._signalled and not self._indivisible:
                 self._signalled = False
                 self._hand_over()
+
+    def pid_now(self, pid: int) -> int:
+        """The pid that a process of this one's tree, once known as *pid*, has by now."""
+        return self._pids.get(pid, pid)
 
     # ------------------------------------------------------------ files and memory
 
@@ -233,6 +238,7 @@ class Runtime:
             arenas=self._arenas,
             next_address=self._next_address,
             state=state,
+            pids=self._pids,
         )
 
     # ------------------------------------------------------------ being rebuilt
@@ -251,6 +257,10 @@ class Runtime:
     def _build(self, trampoline: Trampoline, finish: Finish) -> None:
         document = finish.document
         self._kfd = trampoline.kfd
+        self._pids = {
+            **finish.pids,
+            **{known: finish.pids.get(now, now) for known, now in document.pids.items()},
+        }
         self._nodes = {gpu.user_gpu_id: trampoline.nodes[gpu.drm_fd] for gpu in finish.gpus}
         self._actual_ids = {gpu.user_gpu_id: gpu.gpu_id for gpu in finish.gpus}
         self._mappings = tuple(moved(m, finish.gpus, finish.bos) for m in document.mappings)

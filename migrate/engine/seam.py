@@ -69,13 +69,15 @@ class CpuImage(Value):
 class MovedGpu(Value):
     """A GPU of the process: the id it knows, those of source and destination, and its node.
 
-    ``drm_fd`` is the number of the render node in the new process (KfdFile.open_node).
+    ``process`` is the KFD process's place in the tree, ``drm_fd`` the number of the render
+    node in it (KfdFile.open_node).
     """
 
     user_gpu_id: int
     source_gpu_id: int
     gpu_id: int
     drm_fd: int
+    process: int = 0
 
 
 class MovedBo(Value):

@@ -7,18 +7,21 @@ If the agent breaks off before that, this process ends: nobody granted it anythi
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import signal
 import socket
 import struct
+import subprocess
 import sys
 from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 
-from migrate.engine.document import Finish
+from migrate.engine.document import Finish, Spawn
 from migrate.engine.executor import LetGo, Paused, serve
 from migrate.engine.wire import Kind, Message
 from migrate.kfd.file import KfdFile, open_device
@@ -54,6 +57,11 @@ def map_private(address: int, length: int) -> None:
         raise OSError(errno.EEXIST, f"{length} bytes at {address:#x}: the kernel is too old")
 
 
+# subprocess would wait for a child whose object is gone, and take its exit code from the program.
+_children: list[subprocess.Popen[bytes]] = []
+
+T = TypeVar("T")
+
 Build = Callable[["Trampoline", Finish], None]
 
 
@@ -63,6 +71,7 @@ class Trampoline:
     def __init__(self) -> None:
         self.kfd: KfdFile | None = None
         self.nodes: dict[int, KfdFile] = {}
+        self._given: set[int] = set()
         self._executed = Paused()
         self._finish: Finish | None = None
 
@@ -71,6 +80,8 @@ class Trampoline:
         handlers = {
             Kind.OPEN: self._open,
             Kind.CLOSE: self._close,
+            Kind.GIVE: self._give,
+            Kind.SPAWN: self._spawn,
             Kind.IOCTL: self._executed.ioctl,
             Kind.RANGES: self._ranges,
             Kind.FINISH: lambda request: self._build(request, build),
@@ -91,12 +102,32 @@ class Trampoline:
             self.nodes[number] = file
         return Message(Kind.REPLY, file=number)
 
+    def _give(self, request: Message) -> Message:
+        if len(request.fds) != 1:
+            raise OSError(errno.EPROTO, f"one fd was to be given, {len(request.fds)} came")
+        number = os.dup(request.fds[0])  # the message's own is closed with it
+        self._given.add(number)
+        return Message(Kind.REPLY, file=number)
+
     def _close(self, request: Message) -> Message:
+        if request.file in self._given:
+            self._given.remove(request.file)
+            os.close(request.file)
+            return Message(Kind.REPLY)
         file = self.nodes.pop(request.file, None)
         if file is None:
             raise OSError(errno.EBADF, f"no open render node {request.file}")
         file.close()
         return Message(Kind.REPLY)
+
+    def _spawn(self, request: Message) -> Message:
+        """A child, which is rebuilt in the same way by the same agent."""
+        spawn = _decoded(request.payload, Spawn)
+        if len(request.fds) != 1:
+            raise OSError(errno.EPROTO, f"one socket was to come, {len(request.fds)} fds did")
+        started = start_again(spawn, request.fds[0])
+        _children.append(started)
+        return Message(Kind.REPLY, file=started.pid)
 
     def _ranges(self, request: Message) -> Message:
         for address, length in _RANGE.iter_unpack(request.payload):
@@ -104,13 +135,34 @@ class Trampoline:
         return Message(Kind.REPLY)
 
     def _build(self, request: Message, build: Build) -> Message:
-        try:
-            finish = msgspec.msgpack.decode(request.payload, type=Finish)
-        except msgspec.DecodeError as error:
-            raise OSError(errno.EPROTO, f"not a document of this version: {error}") from error
+        finish = _decoded(request.payload, Finish)
         build(self, finish)
         self._finish = finish
         raise LetGo(Message(Kind.REPLY))
+
+
+def start_again(spawn: Spawn, executor: int) -> subprocess.Popen[bytes]:
+    """Start a command whose trampoline serves the socket *executor*. Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(path, "ab")) for path in spawn.output]
+        return subprocess.Popen(
+            list(spawn.command),
+            cwd=spawn.directory,
+            env={**spawn.environment, EXECUTOR_FD: str(executor)},
+            stdin=subprocess.DEVNULL,
+            stdout=files[0],
+            stderr=files[1],
+            pass_fds=[executor],
+            start_new_session=True,  # it outlives the agent and its terminal
+        )
+
+
+def _decoded(payload: bytes, kind: type[T]) -> T:
+    """Raises OSError(EPROTO)."""
+    try:
+        return msgspec.msgpack.decode(payload, type=kind)
+    except msgspec.DecodeError as error:
+        raise OSError(errno.EPROTO, f"not a document of this version: {error}") from error
 
 
 def pack_ranges(ranges: list[tuple[int, int]]) -> bytes:

@@ -52,6 +52,8 @@ class Kind(IntEnum):
     FINISH = 8  # trampoline: build the process from what is moved, then stop yourself
     HOOK = 9  # hook of CRIU to agent: a hook was called, see engine/hook.py; no reply
     RETURN = 10  # hook of CRIU: return from it, see engine/hook.py
+    SPAWN = 12  # trampoline: start a child that serves the fd that comes with it -> 'file': pid
+    GIVE = 11  # one fd -> 'file' is its number there (the hook has ATTACH for that)
 
 
 class Message(NamedTuple):

@@ -6,7 +6,8 @@ before.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from ctypes import sizeof
 
 from migrate.errors import BrokenPrivateData, CheckpointFailed
 from migrate.kfd import uapi
@@ -16,6 +17,8 @@ from migrate.kfd.privdata import (
     PrivateData,
     QueueRecord,
     decode,
+    kfd_criu_device_priv_data,
+    kfd_criu_process_priv_data,
 )
 from migrate.model import ProcessRef, Value
 
@@ -101,6 +104,29 @@ class KfdCheckpoint(Value):
     def private(self) -> PrivateData:
         """The private data, decoded. Raises BrokenPrivateData."""
         return decode(self.priv_data, len(self.devices), len(self.bos), self.num_objects)
+
+
+def without_bos(checkpoint: KfdCheckpoint, left_out: Collection[int]) -> KfdCheckpoint:
+    """*checkpoint* without the BOs of these bucket indices, byte for byte else.
+
+    Raises BrokenPrivateData.
+    """
+    if not left_out:
+        return checkpoint
+    record = checkpoint.private().bo_record_size
+    start = sizeof(kfd_criu_process_priv_data)
+    start += len(checkpoint.devices) * sizeof(kfd_criu_device_priv_data)
+    end = start + len(checkpoint.bos) * record
+    data = checkpoint.priv_data
+    kept = [index for index in range(len(checkpoint.bos)) if index not in left_out]
+    records = b"".join(data[start + index * record :][:record] for index in kept)
+    return KfdCheckpoint(
+        pid=checkpoint.pid,
+        devices=checkpoint.devices,
+        bos=tuple(checkpoint.bos[index] for index in kept),
+        num_objects=checkpoint.num_objects,
+        priv_data=data[:start] + records + data[end:],
+    )
 
 
 class RestoreProof(Value):

@@ -53,6 +53,15 @@ class KfdFile(Protocol):
         The number returned is valid there; that process ends it. Raises OSError.
         """
 
+    def give_fd(self, fd: int) -> int:
+        """Copy *fd* of this process into the one where this file's ioctls run.
+
+        The number returned is valid there until ``close_given``. Raises OSError.
+        """
+
+    def close_given(self, number: int) -> None:
+        """Close what ``give_fd`` made. Raises OSError."""
+
     def mmap(self, offset: int, length: int, address: int | None = None) -> Mapping:
         """Map *length* bytes at the file's *offset*, shared, readable and writable.
 
@@ -165,6 +174,14 @@ class RealFile:
     def open_node(self, path: str) -> int:
         """See ``KfdFile``; the process is this one."""
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def give_fd(self, fd: int) -> int:
+        """See ``KfdFile``; the process is this one."""
+        return os.dup(fd)
+
+    def close_given(self, number: int) -> None:
+        """See ``KfdFile``."""
+        os.close(number)
 
     def mmap(self, offset: int, length: int, address: int | None = None) -> MappedMemory:
         """See ``KfdFile``."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -40,9 +41,11 @@ from migrate.kfd.checkpoint import (
     RestoreProof,
     check_checkpoint,
     check_counts,
+    without_bos,
 )
 from migrate.kfd.file import KfdFile
 from migrate.kfd.guards import check_drm_fds, identify, refuse_duplicates
+from migrate.kfd.ioctl import alloc_memory, free_memory, import_dmabuf, map_memory
 from migrate.kfd.marshal import close_all
 from migrate.kfd.usermem import GuardedBuffer
 
@@ -57,6 +60,9 @@ __all__ = [
     "Restored",
     "resume",
 ]
+
+_PAGE = 4096
+_FILLER = uapi.KFD_IOC_ALLOC_MEM_FLAGS_GTT | uapi.KFD_IOC_ALLOC_MEM_FLAGS_WRITABLE
 
 # ---------------------------------------------------------------- what is returned
 
@@ -241,13 +247,15 @@ class KfdProcess:
         gpu_map: Mapping[int, int],
         drm_fds: Mapping[int, int],
         render_minors: Mapping[int, int],
+        left_out: Collection[int] = (),
     ) -> Restored:
         """Make all BOs, queues and events in the new process; queues stay stopped.
 
         *gpu_map*: new actual gpu_id by the checkpoint's actual gpu_id. *drm_fds*: an open
         render node by new actual gpu_id, numbers in the process where the ioctl runs.
-        *render_minors*: what the topology says of them. *checkpoint* comes from a peer
-        and is checked whole before the kernel sees it.
+        *render_minors*: what the topology says of them. *left_out*: indices of BOs that are
+        made by ``share`` afterwards; they have neither offset nor dmabuf in the result.
+        *checkpoint* comes from a peer and is checked whole before the kernel sees it.
 
         Raises RestoreFailed, MissingCapability, ProcessExited. After a refusal by the
         kernel the process is of no use any more; a second attempt is refused here. No fd
@@ -257,6 +265,7 @@ class KfdProcess:
         devices = _new_devices(checkpoint, gpu_map, drm_fds)
         check_drm_fds(self.pid, {gpu: drm_fds[gpu] for _, gpu, _ in devices}, render_minors)
         proof = RestoreProof(process=identify(self.pid))
+        made = without_bos(checkpoint, left_out)
         if self._restore_tried:
             raise RestoreFailed(f"RESTORE of process {self.pid} a second time")
         self._restore_tried = True
@@ -264,19 +273,17 @@ class KfdProcess:
             device_array = (uapi.kfd_criu_device_bucket * len(devices))(
                 *(uapi.kfd_criu_device_bucket(*device) for device in devices)
             )
-            bo_array = (uapi.kfd_criu_bo_bucket * len(checkpoint.bos))(
-                *(_bucket(bo) for bo in checkpoint.bos)
-            )
-            priv_data = stack.enter_context(GuardedBuffer(len(checkpoint.priv_data)))
-            priv_data.view[:] = checkpoint.priv_data
+            bo_array = (uapi.kfd_criu_bo_bucket * len(made.bos))(*(_bucket(bo) for bo in made.bos))
+            priv_data = stack.enter_context(GuardedBuffer(len(made.priv_data)))
+            priv_data.view[:] = made.priv_data
             args = uapi.kfd_ioctl_criu_args(
                 devices=ctypes.addressof(device_array),
                 bos=ctypes.addressof(bo_array),
                 priv_data=priv_data.address,
-                priv_data_size=len(checkpoint.priv_data),
+                priv_data_size=len(made.priv_data),
                 num_devices=len(devices),
-                num_bos=len(checkpoint.bos),
-                num_objects=checkpoint.num_objects,
+                num_bos=len(made.bos),
+                num_objects=made.num_objects,
                 op=uapi.KFD_CRIU_OP_RESTORE,
             )
             try:
@@ -289,11 +296,69 @@ class KfdProcess:
             offsets = tuple(bucket.restored_offset for bucket in bo_array)
             restored = Restored(proof, offsets, dmabufs)
             try:
-                _check_sizes(self.pid, checkpoint, dmabufs)
+                _check_sizes(self.pid, made, dmabufs)
             except MigrateError:
                 restored.close()
                 raise
-        return restored
+        return _in_place(restored, len(checkpoint.bos), left_out)
+
+    def share(self, checkpoint: KfdCheckpoint, dmabufs: Mapping[int, int]) -> None:
+        """Make the BOs that RESTORE left out: imports of *dmabufs*, under their old handles.
+
+        *dmabufs*: an fd of this process by bucket index. To be called between RESTORE and
+        RESUME, when nothing else of the process asks for handles.
+
+        Raises RestoreFailed, ProcessExited; then the process is of no use any more.
+        """
+        private = checkpoint.private()
+        wanted: dict[int, list[tuple[int, int]]] = defaultdict(list)  # GPU: (handle, index)
+        for index in dmabufs:
+            wanted[checkpoint.bos[index].gpu_id].append((private.bos[index].idr_handle, index))
+        with ExitStack() as given, self._errors("IMPORT_DMABUF", RestoreFailed):
+            numbers = {fd: self.file.give_fd(fd) for fd in dict.fromkeys(dmabufs.values())}
+            for number in numbers.values():
+                given.callback(self.file.close_given, number)
+            for gpu_id, places in wanted.items():
+                self._import(gpu_id, checkpoint, sorted(places), dmabufs, numbers)
+        # Nothing was mapped so far: freeing a BO takes the process's eviction fence from it.
+        with self._errors("MAP_MEMORY_TO_GPU", RestoreFailed):
+            for gpu_id, places in wanted.items():
+                for handle, index in places:
+                    gpus = private.bos[index].mapped_gpuids
+                    if gpus:
+                        map_memory(self.file, uapi.MAKE_HANDLE(gpu_id, handle), gpus)
+
+    def _import(
+        self,
+        gpu_id: int,
+        checkpoint: KfdCheckpoint,
+        places: list[tuple[int, int]],
+        dmabufs: Mapping[int, int],
+        numbers: Mapping[int, int],
+    ) -> None:
+        """Import at each of *places* (handle and bucket index, ascending) of one GPU.
+
+        IMPORT_DMABUF takes no handle: it gives the lowest that is free (idr_alloc() from 0
+        in kfd_process_device_create_obj_handle()). So the lower ones are taken by a page
+        each until all imports have theirs.
+        """
+        fillers: list[int] = []
+        for handle, index in places:
+            address = checkpoint.bos[index].addr
+            while True:
+                filler = alloc_memory(self.file, gpu_id, address, _PAGE, _FILLER).handle
+                if uapi.GET_IDR_HANDLE(filler) >= handle:
+                    break
+                fillers.append(filler)
+            free_memory(self.file, filler)
+            got = import_dmabuf(self.file, gpu_id, address, numbers[dmabufs[index]])
+            if got != uapi.MAKE_HANDLE(gpu_id, handle):
+                raise RestoreFailed(
+                    f"IMPORT_DMABUF of process {self.pid}: the BO at {address:#x} has the handle"
+                    f" {uapi.GET_IDR_HANDLE(got)}, not {handle}"
+                )
+        for filler in fillers:
+            free_memory(self.file, filler)
 
     @contextmanager
     def _errors(
@@ -394,6 +459,15 @@ def _take_dmabufs(buckets: list[uapi.kfd_criu_bo_bucket]) -> list[int | None]:
         if fd is not None:
             os.set_inheritable(fd, False)
     return dmabufs
+
+
+def _in_place(restored: Restored, count: int, left_out: Collection[int]) -> Restored:
+    """The same, with an item for each of *count* BOs: nothing where one was left out."""
+    kept = (index for index in range(count) if index not in left_out)
+    offsets, dmabufs = [0] * count, [None] * count  # type: tuple[list[int], list[int | None]]
+    for index, offset, fd in zip(kept, restored.restored_offsets, restored.dmabufs, strict=True):
+        offsets[index], dmabufs[index] = offset, fd
+    return Restored(restored.proof, tuple(offsets), dmabufs)
 
 
 def _close_leftovers(buckets: ctypes.Array[uapi.kfd_criu_bo_bucket]) -> None:

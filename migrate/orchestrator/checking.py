@@ -30,8 +30,9 @@ from migrate.orchestrator.estimate import Known, estimate
 from migrate.orchestrator.host import Host
 from migrate.orchestrator.objects import ObjectTable, opened
 from migrate.orchestrator.peer import Examined, Peer
-from migrate.orchestrator.plan import Needs, Options
+from migrate.orchestrator.plan import Needs, Options, Share
 from migrate.orchestrator.sampling import MAX_SAMPLE, Sample
+from migrate.orchestrator.sharing import contents, shares
 from migrate.preflight.facts import Facts
 from migrate.preflight.findings import Finding, Findings
 from migrate.preflight.notes import CLOCK_SKEW, DOWNTIME_LIMIT, LINK_UNMEASURED
@@ -103,6 +104,7 @@ class Examination:
         self._options = options
         self._known = known
         self._snapshot = 0.0  # seconds that it took
+        self._shares: tuple[Share, ...] = ()
         self._blockers: list[Finding] = []
         self._warnings: list[Finding] = []
 
@@ -124,13 +126,13 @@ class Examination:
             self._own_room()
             examined = self._examine(needs, topology, facts)
             sample = self._sample(examined, checkpoints, patience)
-            contents = sum(b.size for c in checkpoints for b in c.checkpoint.bos if b.has_contents)
+            size = contents([c.checkpoint for c in checkpoints], self._shares)
             user_gpu_ids = {
                 device.actual_gpu_id: device.user_gpu_id
                 for c in checkpoints
                 for device in c.checkpoint.devices
             }
-        return self._result(needs, topology, examined, sample, contents, user_gpu_ids)
+        return self._result(needs, topology, examined, sample, size, user_gpu_ids)
 
     # ------------------------------------------------------------ this host
 
@@ -172,8 +174,12 @@ class Examination:
         pid = self._survey.process.pid
         for error in preflight.refused_objects(self._host, topology, pid, plain):
             self._block(error)
+        try:
+            self._shares = shares(checkpoints)
+        except MigrateError as error:
+            self._block(error)
         if plain or not self._survey.kfd_processes:
-            return preflight.needs(self._survey, plain, self._options)
+            return preflight.needs(self._survey, plain, self._options, self._shares)
         try:
             record = self._host.bo_record_size
         except MigrateError as error:
@@ -233,7 +239,11 @@ class Examination:
             if self._blockers or not checkpoints:
                 return None  # the memory goes nowhere as things are
             table = ObjectTable()
-            orders = [o for n, c in enumerate(checkpoints) for o in table.bos(n, c.checkpoint)]
+            orders = [
+                order
+                for number, one in enumerate(checkpoints)
+                for order in table.bos(number, one.checkpoint, self._shares)
+            ]
             with opened(orders, checkpoints, self._host.vram_access) as objects:
                 memory = [access for _, access in objects]
                 sample = sampling.take(examined.session, memory, self._options.streams, patience)
@@ -255,13 +265,13 @@ class Examination:
         topology: Topology,
         examined: Examined | None,
         sample: Sample | None,
-        contents: int,
+        size: int,
         user_gpu_ids: dict[int, int],
     ) -> Preflight:
         options = self._options
-        contents = contents or sum(s for k in needs.processes for s in k.vram.values())
+        size = size or sum(s for k in needs.processes for s in k.vram.values())
         known = Known(self._known, snapshot=self._snapshot)
-        prediction = estimate(contents, self._survey.cpu_bytes, sample, known, options)
+        prediction = estimate(size, self._survey.cpu_bytes, sample, known, options)
         if sample is not None and prediction.downtime > options.max_downtime:
             self._warnings.append(
                 DOWNTIME_LIMIT.finding(

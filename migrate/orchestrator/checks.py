@@ -32,6 +32,7 @@ from migrate.orchestrator.plan import (
     Options,
     RestoreOrder,
 )
+from migrate.orchestrator.sharing import unshareable
 from migrate.preflight.facts import Facts
 from migrate.topology.model import Topology
 
@@ -170,6 +171,7 @@ def check_order(
     _want(len(order.checkpoints) <= MAX_PROCESSES, f"{len(order.checkpoints)} checkpoints")
     for checkpoint in order.checkpoints:
         _check_checkpoint(checkpoint, gpus)
+    _check_shares(order)
     _check_ranges(order.image.ranges)
     _check_objects(order)
     _want(sum(item.size for item in order.objects) <= quota, "more bytes than were reserved")
@@ -184,6 +186,23 @@ def _check_checkpoint(checkpoint: KfdCheckpoint, gpus: Mapping[int, int]) -> Non
         check_checkpoint(checkpoint)
     seen = {device.actual_gpu_id for device in checkpoint.devices}
     _want(seen <= set(gpus), "a checkpoint with GPUs that are not in the GPU map")
+
+
+def _check_shares(order: RestoreOrder) -> None:
+    """Every import is of a buffer that a RESTORE makes, and can be made."""
+    importers = {share.importer for share in order.shares}
+    _want(len(importers) == len(order.shares), "an import twice")
+    for share in order.shares:
+        for key in (share.importer, share.owner):
+            known = 0 <= key.process < len(order.checkpoints)
+            bos = order.checkpoints[key.process].bos if known else ()
+            known = 0 <= key.index < len(bos) and bos[key.index].has_contents
+            _want(known, "an import of or for a buffer that is none")
+        _want(share.owner not in importers, "an import of an import")
+    if order.shares:
+        private = [checkpoint.private() for checkpoint in order.checkpoints]
+        trouble = unshareable(order.shares, order.checkpoints, private)
+        _want(not trouble, f"imports that can't be: {trouble}")
 
 
 def _check_ranges(ranges: Iterable[CpuRange]) -> None:
@@ -201,11 +220,12 @@ def _check_ranges(ranges: Iterable[CpuRange]) -> None:
 def _check_objects(order: RestoreOrder) -> None:
     _want(len(order.objects) <= MAX_OBJECTS, f"{len(order.objects)} objects")
     _unique([item.object_id for item in order.objects], "an object id")
+    imported = {(share.importer.process, share.importer.index) for share in order.shares}
     wanted = {
         (process, index): bo
         for process, checkpoint in enumerate(order.checkpoints)
         for index, bo in enumerate(checkpoint.bos)
-        if bo.has_contents
+        if bo.has_contents and (process, index) not in imported
     }
     ranges = set(order.image.ranges)
     blobs = {blob.name: blob for blob in order.image.blobs}

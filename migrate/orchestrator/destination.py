@@ -24,7 +24,7 @@ from migrate.errors import (
     UsageError,
     VerificationFailed,
 )
-from migrate.kfd.process import KfdCheckpoint, KfdProcess, Restored, RestoreProof
+from migrate.kfd.process import KfdProcess, Restored, RestoreProof
 from migrate.model import ProcessRef, Value
 from migrate.orchestrator.clock import Laps
 from migrate.orchestrator.handover import (
@@ -53,7 +53,7 @@ from migrate.orchestrator.host import Host
 from migrate.orchestrator.life import ALIVE, ENDED, IDLE, SUSPECT
 from migrate.orchestrator.objects import vram_of
 from migrate.orchestrator.peer import GrantReply, PreparedReply
-from migrate.orchestrator.plan import Activity, ObjectOrder, RestoreOrder
+from migrate.orchestrator.plan import Activity, BoKey, ObjectOrder, RestoreOrder
 from migrate.report import DestinationFigures
 from migrate.status import DestinationState
 
@@ -450,14 +450,26 @@ class DestinationMigration:
         nodes = {n.gpu_id: n.drm_render_minor for n in self.host.topology().gpus}
         restored: list[Restored] = []
         gpus: list[MovedGpu] = []
+        processes = list(held.kfd)
         try:
-            for process, checkpoint in zip(held.kfd, order.checkpoints, strict=True):
+            for number, checkpoint in enumerate(order.checkpoints):
                 self._go_on()
+                process = processes[number]
                 drm_fds = _open_nodes(self.host.paths.dri, process, order, nodes)
-                gpus += _moved_gpus(checkpoint, order, drm_fds)
+                gpus += _moved_gpus(number, order, drm_fds)
                 restored.append(
-                    process.restore(checkpoint, order.gpu_map.as_dict(), drm_fds, nodes)
+                    process.restore(
+                        *(checkpoint, order.gpu_map.as_dict(), drm_fds, nodes),
+                        left_out={index for index, _ in _imports(order, number)},
+                    )
                 )
+            for number, process in enumerate(processes):
+                imports = {
+                    index: _dmabuf(restored, owner) for index, owner in _imports(order, number)
+                }
+                if imports:
+                    self._go_on()
+                    process.share(order.checkpoints[number], imports)
             self._record_copy(held.process, tuple(r.proof for r in restored))
             bos = _moved_bos(order, restored)
             held.restored(gpus, bos)
@@ -535,9 +547,7 @@ class DestinationMigration:
     ) -> Iterator[MemoryAccess]:
         access: MemoryAccess
         if item.bo is not None:
-            fd = restored[item.bo.process].dmabufs[item.bo.index]
-            if fd is None:
-                raise VerificationFailed(f"object {item.object_id}: its buffer has no dmabuf here")
+            fd = _dmabuf(restored, item.bo)
             was = vram_of(order.checkpoints[item.bo.process], item.bo.index)
             gpu_id = None if was is None else order.gpu_map[was]
             access = self.host.vram_access.open(fd, item.size, gpu_id, direction, self._vram)
@@ -564,9 +574,7 @@ def _open_nodes(
     }
 
 
-def _moved_gpus(
-    checkpoint: KfdCheckpoint, order: RestoreOrder, drm_fds: Mapping[int, int]
-) -> list[MovedGpu]:
+def _moved_gpus(process: int, order: RestoreOrder, drm_fds: Mapping[int, int]) -> list[MovedGpu]:
     gpu_map = order.gpu_map.as_dict()
     return [
         MovedGpu(
@@ -574,21 +582,55 @@ def _moved_gpus(
             source_gpu_id=device.actual_gpu_id,
             gpu_id=gpu_map[device.actual_gpu_id],
             drm_fd=drm_fds[gpu_map[device.actual_gpu_id]],
+            process=process,
         )
-        for device in checkpoint.devices
+        for device in order.checkpoints[process].devices
     ]
 
 
+def _imports(order: RestoreOrder, process: int) -> list[tuple[int, BoKey]]:
+    """Which BOs of one KFD process are imported, and whose they are."""
+    return [
+        (share.importer.index, share.owner)
+        for share in order.shares
+        if share.importer.process == process
+    ]
+
+
+def _dmabuf(restored: Sequence[Restored], bo: BoKey) -> int:
+    fd = restored[bo.process].dmabufs[bo.index]
+    if fd is None:
+        raise RestoreFailed(f"BO {bo.index} of KFD process {bo.process} has no dmabuf here")
+    return fd
+
+
 def _moved_bos(order: RestoreOrder, restored: Sequence[Restored]) -> list[MovedBo]:
-    """Where each BO's mapping is now. A userptr BO has none."""
+    """Where each BO's mapping is now. A userptr BO has none.
+
+    An import is where its owner is, if both are on one GPU: so it was found. On another GPU
+    it has a place of its own, which the kernel never tells and nobody can have mapped.
+    """
+    offsets = [list(result.restored_offsets) for result in restored]
+    nowhere = set()
+    for share in order.shares:
+        here, there = share.importer, share.owner
+        offsets[here.process][here.index] = offsets[there.process][there.index]
+        if _actual_gpu(order, here) != _actual_gpu(order, there):
+            nowhere.add(here)
     return [
         MovedBo(
             gpu_id=bucket.gpu_id,
             offset=bucket.offset,
             size=bucket.size,
-            restored_offset=offset,
+            restored_offset=offsets[number][index],
         )
-        for checkpoint, result in zip(order.checkpoints, restored, strict=True)
-        for bucket, offset in zip(checkpoint.bos, result.restored_offsets, strict=True)
-        if not bucket.is_userptr
+        for number, checkpoint in enumerate(order.checkpoints)
+        for index, bucket in enumerate(checkpoint.bos)
+        if not bucket.is_userptr and BoKey(process=number, index=index) not in nowhere
     ]
+
+
+def _actual_gpu(order: RestoreOrder, bo: BoKey) -> int:
+    checkpoint = order.checkpoints[bo.process]
+    actual = {device.user_gpu_id: device.actual_gpu_id for device in checkpoint.devices}
+    return actual[checkpoint.bos[bo.index].gpu_id]

@@ -50,8 +50,12 @@ def expected(ran: Activity, amount: float) -> float:
 
 
 def take_look(process: ProcessRef, checkpoints: Sequence[Checkpointed], clock: Clock) -> Look:
-    """A look at the source, while its threads and queues stand."""
-    pointers = read_pointers(checkpoints)
+    """A look at the source, while its threads and queues stand.
+
+    Of a tree's queues only those of *process* count: others have theirs at the same addresses.
+    """
+    own = [one for one in checkpoints if one.checkpoint.pid == process.pid] or checkpoints[:1]
+    pointers = read_pointers(own)
     return Look(
         at=clock.monotonic(),
         cpu=procfs.cpu_seconds(process.pid),

@@ -7,7 +7,7 @@ recognised by its KFD process, handle, address, size and flags.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from migrate.dataplane.access import MemoryAccess
@@ -17,7 +17,7 @@ from migrate.engine.seam import Blob, CpuRange
 from migrate.errors import SvmUnsupported
 from migrate.kfd.privdata import PrivateData, decode
 from migrate.kfd.process import Checkpointed, KfdCheckpoint
-from migrate.orchestrator.plan import BoKey, ObjectOrder
+from migrate.orchestrator.plan import BoKey, ObjectOrder, Share
 
 PAGE = 4096  # bytes, in which the driver counts SVM ranges
 
@@ -50,16 +50,21 @@ class ObjectTable:
     def __init__(self) -> None:
         self._ids: dict[_Key, int] = {}
 
-    def bos(self, process: int, checkpoint: KfdCheckpoint) -> list[ObjectOrder]:
+    def bos(
+        self, process: int, checkpoint: KfdCheckpoint, shares: Iterable[Share] = ()
+    ) -> list[ObjectOrder]:
         """One order for every BO whose contents must be moved, in bucket order.
 
+        Those that *shares* imports are left out: their owners' contents are theirs.
         Raises SvmUnsupported: ranges may be made at any time, so each round looks.
         """
+        imported = {share.importer for share in shares}
         orders = []
         private = private_data(checkpoint)
         refuse_svm(private)
         for index, (bucket, record) in enumerate(zip(checkpoint.bos, private.bos, strict=True)):
-            if not bucket.has_contents:
+            place = BoKey(process=process, index=index)
+            if not bucket.has_contents or place in imported:
                 continue
             key = ("bo", process, record.idr_handle, bucket.addr, bucket.size, bucket.alloc_flags)
             orders.append(
@@ -67,7 +72,7 @@ class ObjectTable:
                     object_id=self._id(key),
                     kind=ObjectKind.VRAM if bucket.is_vram else ObjectKind.GTT,
                     size=bucket.size,
-                    bo=BoKey(process=process, index=index),
+                    bo=place,
                 )
             )
         return orders

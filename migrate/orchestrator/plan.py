@@ -7,7 +7,7 @@ from migrate.engine.seam import Blob, CpuImage, CpuRange
 from migrate.kfd.process import KfdCheckpoint
 from migrate.model import GpuMap, Value
 
-PROTOCOL = 2  # raised when either proto/ or a document below changes its meaning
+PROTOCOL = 3  # raised when either proto/ or a document below changes its meaning
 CHUNK = 256 * 1024  # hash grain in bytes
 
 
@@ -59,6 +59,13 @@ class BoKey(Value):
     index: int  # of the BO bucket in the final checkpoint
 
 
+class Share(Value):
+    """A BO that is another handle of the BO *owner*: made by importing that one's dmabuf."""
+
+    importer: BoKey
+    owner: BoKey
+
+
 class ObjectOrder(Value):
     """One object of the data plane and where its bytes belong."""
 
@@ -85,7 +92,8 @@ class Activity(Value):
 class RestoreOrder(Value):
     """Everything but memory contents. Sent once, when the source is frozen.
 
-    ``hold_source``: the source keeps its copy until the new one was seen alive.
+    ``hold_source``: the source keeps its copy until the new one was seen alive. ``shares``:
+    BOs without an object of their own, because their owner's bytes are theirs.
     """
 
     gpu_map: GpuMap
@@ -94,3 +102,4 @@ class RestoreOrder(Value):
     objects: tuple[ObjectOrder, ...]
     ran: Activity = Activity()
     hold_source: bool = False
+    shares: tuple[Share, ...] = ()

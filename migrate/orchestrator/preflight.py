@@ -17,13 +17,13 @@ from migrate.errors import (
     MissingCapability,
     VisibleGpus,
 )
-from migrate.kfd.process import KfdCheckpoint
+from migrate.kfd.checkpoint import BoBucket, KfdCheckpoint
 from migrate.kfd.sysfs import ProcessUsage, busy_gpus, read_processes
 from migrate.model import GpuMap
 from migrate.orchestrator.host import Host, available_memory
 from migrate.orchestrator.objects import private_data, refuse_svm
-from migrate.orchestrator.plan import KfdNeeds, Needs, Options
-from migrate.orchestrator.sharing import refuse_shared, refuse_strangers
+from migrate.orchestrator.plan import KfdNeeds, Needs, Options, Share
+from migrate.orchestrator.sharing import contents, refuse_strangers
 from migrate.preflight.compare import compare, look
 from migrate.preflight.facts import Facts
 from migrate.preflight.findings import Finding, Findings
@@ -38,24 +38,33 @@ DISK_RESERVE = 16 * 1024 * 1024  # bytes: records of a migration, and a log of i
 MEMORY_RESERVE = 512 * 1024 * 1024  # bytes that should be left to others
 
 
-def needs(survey: Survey, checkpoints: Sequence[KfdCheckpoint], options: Options) -> Needs:
+def needs(
+    survey: Survey,
+    checkpoints: Sequence[KfdCheckpoint],
+    options: Options,
+    shares: Sequence[Share] = (),
+) -> Needs:
     """What the process needs over there, from a snapshot of its KFD state."""
-    contents = sum(b.size for c in checkpoints for b in c.bos if b.has_contents)
-    staging = contents + survey.cpu_bytes
+    imported = {(share.importer.process, share.importer.index) for share in shares}
+    own = [
+        [bo for index, bo in enumerate(checkpoint.bos) if (number, index) not in imported]
+        for number, checkpoint in enumerate(checkpoints)
+    ]
+    staging = contents(checkpoints, shares) + survey.cpu_bytes
     del options  # without pre-copy the last round still waits in staging
     return Needs(
-        processes=tuple(_kfd_needs(c) for c in checkpoints),
+        processes=tuple(_kfd_needs(c, bos) for c, bos in zip(checkpoints, own, strict=True)),
         memory=staging + survey.cpu_bytes,
         quota=2 * staging + QUOTA_SLACK,
         image_bytes=survey.image_bytes,
     )
 
 
-def _kfd_needs(checkpoint: KfdCheckpoint) -> KfdNeeds:
+def _kfd_needs(checkpoint: KfdCheckpoint, own: Sequence[BoBucket]) -> KfdNeeds:
     private = private_data(checkpoint)
     actual = {d.user_gpu_id: d.actual_gpu_id for d in checkpoint.devices}
     vram = dict.fromkeys(actual.values(), 0)
-    for bo in checkpoint.bos:
+    for bo in own:
         if bo.is_vram:
             vram[actual[bo.gpu_id]] += bo.size
     return KfdNeeds(
@@ -90,7 +99,6 @@ def refused_objects(
     """GPU objects of the tree of *pid* that no destination could take, all of them."""
     for refuse in (
         *(partial(_refuse_svm, checkpoint) for checkpoint in checkpoints),
-        partial(refuse_shared, checkpoints),
         partial(refuse_strangers, host.paths, topology, pid, checkpoints),
     ):
         try:

@@ -1,28 +1,49 @@
-"""Buffers that more than one handle or process has: found, and refused.
+"""Buffers that more than one handle or process has: found, sent once, shared again.
 
-IMPORT_DMABUF gives a second handle of one buffer, and an IPC handle of HSA is such an import. A
-checkpoint shows both as buffers of their own, each with a dmabuf that was made for it (so an
-inode tells nothing), and RESTORE would make two buffers out of one. What tells is the offset
-by which a buffer is mapped from its render node: the kernel gives it to the buffer itself
-(``drm_vma_node``), so that equal offsets of one GPU are one buffer, whoever has it. Linux 6.1
-imports on the GPU of the buffer alone; later kernels also make imports on other GPUs, which
-have offsets of their own and are not found here.
+IMPORT_DMABUF gives a second handle of one buffer, in the same process or another. A checkpoint
+shows both as buffers of their own, and RESTORE would make two buffers out of one. So one of
+them is the owner, whose RESTORE makes the buffer and whose bytes are sent; the others are left
+out of their processes' RESTORE and imported from it (``KfdProcess.share``).
+
+What tells that two are one:
+
+* the offset by which a buffer is mapped from its render node. The kernel gives it to the
+  buffer itself (``drm_vma_node``), so that equal offsets of one GPU are one buffer;
+* the inode of the dmabuf that the checkpoint has made. Linux 6.1 makes one for each
+  checkpoint, so that it tells nothing there; since 6.8 (read, not run) a buffer has one
+  dmabuf, which an import keeps (amdgpu_amdkfd_gpuvm_export_dmabuf), also on another GPU than
+  the buffer's, where its offset is another. Linux 6.1 refuses imports there.
+
+The kernel does not say which handle is an import. An import has exactly the flags that
+amdgpu_amdkfd_gpuvm_import_dmabuf gives it; if no handle has others (its owner has freed its
+own, or has asked for just these), any of them may make the buffer.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from migrate.errors import SharedBuffer
+from migrate.kfd import uapi
 from migrate.kfd.checkpoint import KfdCheckpoint
+from migrate.kfd.privdata import PrivateData
+from migrate.kfd.process import Checkpointed
 from migrate.model import HostPaths, Value
+from migrate.orchestrator.plan import BoKey, Share
 from migrate.topology.model import Topology
 
 # A line of /proc/PID/maps (proc(5)): addresses, rights, offset, device, inode, path.
 _MAPPED = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ +(\S+)")
+
+# Handles below an import's that nobody has, in one process and GPU: each is taken for a moment.
+MAX_FREE_HANDLES = 1 << 14
+
+_IMPORTED = uapi.KFD_IOC_ALLOC_MEM_FLAGS_WRITABLE | uapi.KFD_IOC_ALLOC_MEM_FLAGS_EXECUTABLE
+_MEMORY = uapi.KFD_IOC_ALLOC_MEM_FLAGS_VRAM | uapi.KFD_IOC_ALLOC_MEM_FLAGS_GTT
 
 
 class Place(Value):
@@ -41,23 +62,131 @@ def places(checkpoint: KfdCheckpoint) -> Iterator[tuple[int, Place]]:
             yield index, Place(gpu_id=actual[bo.gpu_id], offset=bo.offset, size=bo.size)
 
 
-def shared(checkpoints: Sequence[KfdCheckpoint]) -> dict[Place, list[tuple[int, int]]]:
-    """Buffers with more than one owner: (KFD process, bucket index) of each."""
-    owners: dict[Place, list[tuple[int, int]]] = defaultdict(list)
+# ---------------------------------------------------------------- within the tree
+
+
+def shared(found: Sequence[Checkpointed]) -> list[list[BoKey]]:
+    """The buffers with more than one handle, as their handles in order."""
+    groups: dict[object, list[BoKey]] = {}  # by place and by dmabuf: one list for both
+    for number, checkpointed in enumerate(found):
+        for index, place in places(checkpointed.checkpoint):
+            key = BoKey(process=number, index=index)
+            names: list[object] = [(place.gpu_id, place.offset)]
+            fd = checkpointed.dmabufs[index]
+            if fd is not None:
+                status = os.fstat(fd)
+                names.append(("dmabuf", status.st_dev, status.st_ino))
+            lists = {id(groups[name]): groups[name] for name in names if name in groups}
+            merged = [*(known for one in lists.values() for known in one), key]
+            for name, one in list(groups.items()):
+                if id(one) in lists:
+                    groups[name] = merged
+            groups.update(dict.fromkeys(names, merged))
+    unique = {id(one): one for one in groups.values() if len(one) > 1}
+    return [sorted(one, key=lambda key: (key.process, key.index)) for one in unique.values()]
+
+
+def shares(found: Sequence[Checkpointed]) -> tuple[Share, ...]:
+    """Who imports from whom over there. Raises SharedBuffer if it can't be so again."""
+    groups = shared(found)
+    if not groups:
+        return ()
+    checkpoints = [one.checkpoint for one in found]
+    private = [checkpoint.private() for checkpoint in checkpoints]
+    result = tuple(
+        Share(importer=key, owner=owner)
+        for handles in groups
+        for owner in [_owner(handles, checkpoints, private)]
+        for key in handles
+        if key != owner
+    )
+    trouble = unshareable(result, checkpoints, private)
+    if trouble:
+        raise SharedBuffer(trouble)
+    return result
+
+
+def contents(checkpoints: Sequence[KfdCheckpoint], wanted: Iterable[Share]) -> int:
+    """Bytes of all buffers, each counted once."""
+    imported = {share.importer for share in wanted}
+    return sum(
+        place.size
+        for number, checkpoint in enumerate(checkpoints)
+        for index, place in places(checkpoint)
+        if BoKey(process=number, index=index) not in imported
+    )
+
+
+def let_go(found: Sequence[Checkpointed], wanted: Iterable[Share]) -> None:
+    """Close the dmabufs of imports: their owners' keep the memory, and show it."""
+    for share in wanted:
+        dmabufs = found[share.importer.process].dmabufs
+        fd, dmabufs[share.importer.index] = dmabufs[share.importer.index], None
+        if fd is not None:
+            os.close(fd)
+
+
+def _owner(
+    handles: Sequence[BoKey], checkpoints: Sequence[KfdCheckpoint], private: Sequence[PrivateData]
+) -> BoKey:
+    """The handle whose RESTORE makes the buffer."""
+
+    def rank(key: BoKey) -> tuple[bool, bool, bool, int, int]:
+        bo = checkpoints[key.process].bos[key.index]
+        imported = bo.alloc_flags & ~_MEMORY == _IMPORTED
+        is_page = key in _event_pages(key.process, checkpoints[key.process], private[key.process])
+        return (not is_page, imported, not bo.is_vram, key.process, key.index)
+
+    return min(handles, key=rank)
+
+
+def unshareable(
+    wanted: Collection[Share], checkpoints: Sequence[KfdCheckpoint], private: Sequence[PrivateData]
+) -> str:
+    """Why RESTORE and imports can't make what *wanted* says, or nothing.
+
+    RESTORE needs the event page; and each import gets the lowest free handle, so those below
+    it have to be taken, which is done within MAX_FREE_HANDLES.
+    """
+    importers = {share.importer for share in wanted}
+    for share in wanted:
+        here = checkpoints[share.importer.process].bos[share.importer.index]
+        if here.size != checkpoints[share.owner.process].bos[share.owner.index].size:
+            return f"the handles of the buffer at {here.addr:#x} have different sizes"
     for number, checkpoint in enumerate(checkpoints):
-        for index, place in places(checkpoint):
-            owners[place].append((number, index))
-    return {place: who for place, who in owners.items() if len(who) > 1}
-
-
-def refuse_shared(checkpoints: Sequence[KfdCheckpoint]) -> None:
-    """Raises SharedBuffer if processes, or two handles of one, share a buffer."""
-    for who in shared(checkpoints).values():
-        names = ", ".join(
-            f"{checkpoints[number].bos[index].addr:#x} in KFD process {number}"
-            for number, index in who
+        if importers & _event_pages(number, checkpoint, private[number]):
+            return f"the event page of KFD process {number} is an imported buffer"
+    for (process, gpu_id), handles in _handles(importers, checkpoints, private).items():
+        taken = sum(
+            bo.gpu_id == gpu_id and record.idr_handle < max(handles)
+            for bo, record in zip(checkpoints[process].bos, private[process].bos, strict=True)
         )
-        raise SharedBuffer(f"one buffer is at {names}")
+        if max(handles) - taken > MAX_FREE_HANDLES:
+            return f"the handle {max(handles)} of an imported buffer can't be had again"
+    return ""
+
+
+def _handles(
+    keys: Iterable[BoKey], checkpoints: Sequence[KfdCheckpoint], private: Sequence[PrivateData]
+) -> dict[tuple[int, int], list[int]]:
+    """Handles of BOs by process and user_gpu_id."""
+    found: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for key in keys:
+        gpu_id = checkpoints[key.process].bos[key.index].gpu_id
+        found[key.process, gpu_id].append(private[key.process].bos[key.index].idr_handle)
+    return found
+
+
+def _event_pages(process: int, checkpoint: KfdCheckpoint, private: PrivateData) -> set[BoKey]:
+    pages = {event.user_handle for event in private.events if event.user_handle}
+    return {
+        BoKey(process=process, index=index)
+        for index, (bo, record) in enumerate(zip(checkpoint.bos, private.bos, strict=True))
+        if uapi.MAKE_HANDLE(bo.gpu_id, record.idr_handle) in pages
+    }
+
+
+# ---------------------------------------------------------------- with others
 
 
 def refuse_strangers(

@@ -31,7 +31,7 @@ from migrate.errors import (
     ProcessExited,
     TakenBack,
 )
-from migrate.kfd.process import Checkpointed, KfdCheckpoint, KfdProcess
+from migrate.kfd.process import Checkpointed, KfdProcess
 from migrate.model import GpuMap
 from migrate.orchestrator import convergence
 from migrate.orchestrator.checking import Examination, Preflight, Stopped
@@ -51,9 +51,9 @@ from migrate.orchestrator.life import INTERVAL, SUSPECT, WINDOW, Look, between, 
 from migrate.orchestrator.narrator import Narrator
 from migrate.orchestrator.objects import ObjectTable, opened
 from migrate.orchestrator.peer import Peer, Reservation
-from migrate.orchestrator.plan import Activity, ObjectOrder, Options, RestoreOrder
+from migrate.orchestrator.plan import Activity, ObjectOrder, Options, RestoreOrder, Share
 from migrate.orchestrator.rings import pending_packets
-from migrate.orchestrator.sharing import refuse_shared
+from migrate.orchestrator.sharing import let_go, shares
 from migrate.orchestrator.source_handover import (
     SourceSide,
     given_back,
@@ -350,7 +350,8 @@ class SourceMigration:
         while True:
             self._checkpoint_cancel()
             with self._snapshot() as stopped:
-                orders = self._bo_orders([c.checkpoint for c in stopped.checkpoints])
+                orders, imports = self._bo_orders(stopped.checkpoints)
+                let_go(stopped.checkpoints, imports)
                 faults.point("source.round")
                 self._send_round(orders, stopped.checkpoints, frozen=False)
             faults.point("source.round-sent")
@@ -397,7 +398,7 @@ class SourceMigration:
             faults.point("source.checkpointed")
             self.narrator.enter("final round", Status.DEVICE)
             image = self.host.engine.finish_dump(self.process, image)
-            order = self._final_order(image, [c.checkpoint for c in stopped.checkpoints])
+            order = self._final_order(image, stopped.checkpoints)
             self._send_round(order.objects, stopped.checkpoints, frozen=True)
             downtime.lap("delta")
         faults.point("source.final-round")
@@ -451,21 +452,27 @@ class SourceMigration:
             self.figures.snapshot = self.host.clock.monotonic() - began
             note_unpaused(self.host.journal, self.id)
 
-    def _bo_orders(self, checkpoints: Sequence[KfdCheckpoint]) -> tuple[ObjectOrder, ...]:
-        refuse_shared(checkpoints)  # a buffer may be imported at any time
-        return tuple(
+    def _bo_orders(
+        self, checkpoints: Sequence[Checkpointed]
+    ) -> tuple[tuple[ObjectOrder, ...], tuple[Share, ...]]:
+        """What there is to send, and what is imported: a buffer may be at any time."""
+        imports = shares(checkpoints)
+        orders = tuple(
             order
-            for number, checkpoint in enumerate(checkpoints)
-            for order in self._objects.bos(number, checkpoint)
+            for number, one in enumerate(checkpoints)
+            for order in self._objects.bos(number, one.checkpoint, imports)
         )
+        return orders, imports
 
-    def _final_order(self, image: CpuImage, checkpoints: Sequence[KfdCheckpoint]) -> RestoreOrder:
+    def _final_order(self, image: CpuImage, checkpoints: Sequence[Checkpointed]) -> RestoreOrder:
+        orders, imports = self._bo_orders(checkpoints)
         return RestoreOrder(
             gpu_map=self._map(),
             image=image,
-            checkpoints=tuple(checkpoints),
+            checkpoints=tuple(one.checkpoint for one in checkpoints),
+            shares=imports,
             objects=(
-                *self._bo_orders(checkpoints),
+                *orders,
                 *self._objects.ranges(image.ranges),
                 *self._objects.blobs(image.blobs),
             ),
@@ -523,7 +530,7 @@ class SourceMigration:
 
         def relist() -> dict[int, int]:
             with self._snapshot() as now:
-                orders = self._bo_orders([c.checkpoint for c in now.checkpoints])
+                orders, _ = self._bo_orders(now.checkpoints)
                 return listed(orders, now.checkpoints)
 
         return Holding(

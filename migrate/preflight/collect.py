@@ -60,28 +60,30 @@ def whole_tree(
     )
 
 
-def restarted(pid: int, paths: HostPaths) -> Facts:
-    """Facts of a process whose command is started again at the destination.
+def restarted(pids: Sequence[int], paths: HostPaths) -> Facts:
+    """Facts of processes whose commands are started again at the destination.
 
-    Its program, its folder and those of its output must be there; what it has mapped should
-    be the same. The copy runs as the agent's user. Raises NoSuchProcess, ForeignProcess.
+    Their programs, their folders and those of their output must be there; what they have
+    mapped should be the same. The copies run as the agent's user. Raises NoSuchProcess,
+    ForeignProcess.
     """
-    mapped = mappings([pid], paths)
+    mapped = mappings(pids, paths)
     places, opened = set[str](), set[str]()
-    with contextlib.suppress(OSError):
-        opened.add(os.readlink(f"/proc/{pid}/exe"))
-        places.add(os.readlink(f"/proc/{pid}/cwd"))
-    for number in (1, 2):
+    for pid in pids:
         with contextlib.suppress(OSError):
-            path = os.readlink(f"/proc/{pid}/fd/{number}")
-            if os.path.isfile(path):
-                places.add(os.path.dirname(path))
+            opened.add(os.readlink(f"/proc/{pid}/exe"))
+            places.add(os.readlink(f"/proc/{pid}/cwd"))
+        for number in (1, 2):
+            with contextlib.suppress(OSError):
+                path = os.readlink(f"/proc/{pid}/fd/{number}")
+                if os.path.isfile(path):
+                    places.add(os.path.dirname(path))
     needed = files.named(opened | places)
     return Facts(
-        own=Findings(blockers=tuple(local.tracers([pid]))),
+        own=Findings(blockers=tuple(local.tracers(pids))),
         files=tuple(msgspec.structs.replace(fact, contents=False) for fact in needed),
         alike=files.named(m.path for m in mapped if not m.deleted and not m.device_file),
-        runs_as=procfs.uid(pid),
+        runs_as=procfs.uid(pids[0]),
     )
 
 

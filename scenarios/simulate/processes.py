@@ -112,7 +112,7 @@ class SimulatedKfd:
         self.engine.node.world.judge.saw(self.copy, "UNPAUSE")
         return was
 
-    def restore(self, *_: object) -> Restored:
+    def restore(self, *_: object, left_out: Collection[int]) -> Restored:
         """RESTORE: all objects are there and the queues are stopped."""
         self.engine.work(0.002, "RESTORE")
         self.engine.alive(self.copy)

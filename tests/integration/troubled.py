@@ -26,6 +26,7 @@ kept: list[Any] = []  # what must not be closed
 _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_IO_URING_SETUP, _SYS_LANDLOCK_CREATE_RULESET = 425, 444
 _PTRACE_SEIZE = 0x4206
+_PR_SET_PDEATHSIG = 1
 
 
 def _syscall(number: int, *arguments: object) -> int:
@@ -116,20 +117,26 @@ def no_vm() -> None:
 
 
 def shared() -> None:
-    """Two handles of one buffer, imported from a process that has ended; no runtime of ours."""
-    from migrate.kfd import uapi  # noqa: PLC0415 - the modules of the GPU's state, as above
+    """Parent and child have one buffer as their event page, which no import can be at RESTORE."""
+    from migrate.engine.runtime import Runtime  # noqa: PLC0415 - the GPU's state, as above
+    from migrate.kfd import uapi  # noqa: PLC0415
     from migrate.kfd.ioctl import import_dmabuf  # noqa: PLC0415
     from tests.conformance import image as raw  # noqa: PLC0415
-    from tests.conformance.image import INVALID, Buffers  # noqa: PLC0415
-    from tests.conformance.kit import PAGE, Process  # noqa: PLC0415
+    from tests.conformance.image import Buffers  # noqa: PLC0415
+    from tests.conformance.kit import Process  # noqa: PLC0415
     from tests.conformance.tracer import held  # noqa: PLC0415
 
     paths = HostPaths.under(os.environ["MIGRATE_HOST_ROOT"])
     reader, writer = os.pipe()
     owner = os.fork()
     if owner == 0:
-        own = Process(paths)
-        own.alloc(own.gpu_ids[0], PAGE)
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    kept.append(Runtime.start())
+    process = Process(paths)
+    kept.append(process)
+    process.prepare_queues()
+    if owner == 0:
+        process.create_event()
         os.write(writer, b"!")
         while True:
             time.sleep(60)
@@ -138,14 +145,12 @@ def shared() -> None:
         found = Buffers(raw.process_info(file))
         raw.criu(file, uapi.KFD_CRIU_OP_CHECKPOINT, **found.fields)
         raw.unpause(file)
-    (bucket,) = [b for b in found.bos if b.dmabuf_fd != INVALID]
-    p = Process(paths)
-    kept.append(p)
-    for address in (0x700000000, 0x710000000):
-        import_dmabuf(p.kfd, p.gpu_ids[0], address, bucket.dmabuf_fd)
+    (page,) = [b for b in found.bos if b.addr == process.event_page.address]
+    process.event_page.handle = import_dmabuf(
+        process.kfd, process.gpu_ids[0], 0x700000000, page.dmabuf_fd
+    )
+    process.create_event()
     found.close()
-    os.kill(owner, signal.SIGKILL)
-    os.waitpid(owner, 0)
 
 
 def tracer(pid: int) -> None:

@@ -40,6 +40,7 @@ from migrate.orchestrator.plan import (
     ObjectOrder,
     Options,
     RestoreOrder,
+    Share,
 )
 from migrate.topology.model import Node, Topology
 
@@ -147,6 +148,12 @@ def put(value: Any, path: str, new: object) -> Any:
     return msgspec.structs.replace(value, **{head: part})
 
 
+def share(importer: int, owner: int) -> Share:
+    return Share(importer=BoKey(process=0, index=importer), owner=BoKey(process=0, index=owner))
+
+
+SHARE = share(1, 0)  # the buffer of GPU 2 is one of GPU 1
+
 ORDERS: list[tuple[str, object, str]] = [
     ("gpu_map.pairs", ((100, 200), (100, 201)), "a GPU twice"),
     ("gpu_map.pairs", ((100, 200), (101, 200)), "a destination GPU twice"),
@@ -195,6 +202,17 @@ ORDERS: list[tuple[str, object, str]] = [
     ("objects.3.cpu", RANGE, "of no file"),
     ("objects.3.kind", ObjectKind.CPU, "of no file"),
     ("objects.3.size", 99, "of 99 bytes"),
+    ("shares", (SHARE,), "of no buffer, or of two"),
+    ("shares", (SHARE, SHARE), "an import twice"),
+    ("shares", (share(1, 0), share(0, 1)), "an import of an import"),
+    ("shares", (share(1, 1),), "an import of an import"),
+    ("shares", (share(0, 1),), "the event page of KFD process 0"),
+    ("shares", (share(2, 0),), "a buffer that is none"),
+    ("shares", (share(1, 2),), "a buffer that is none"),
+    ("shares", (share(-1, 0),), "a buffer that is none"),
+    ("shares", (share(1, 3),), "a buffer that is none"),
+    ("shares", (put(SHARE, "owner.process", 1),), "a buffer that is none"),
+    ("shares", (put(SHARE, "importer.process", -1),), "a buffer that is none"),
     ("ran", Activity(seconds=float("nan")), "an activity"),
     ("ran", Activity(cpu=-1.0), "an activity"),
     ("ran", Activity(pointers=((1 << 64, 0),)), "a read pointer"),
@@ -205,6 +223,14 @@ ORDERS: list[tuple[str, object, str]] = [
 def test_an_order_with_one_thing_wrong(path: str, new: object, said: str) -> None:
     with pytest.raises((PeerNonsense, BrokenPrivateData), match=said):
         check(put(ORDER, path, new))
+
+
+def test_an_import_has_no_object_of_its_own() -> None:
+    order = put(put(ORDER, "shares", (SHARE,)), "objects", (ORDER.objects[0], *ORDER.objects[2:]))
+    check(order, {number: digests for number, digests in MANIFEST.items() if number != 2})
+    large = put(order, "checkpoints.0.bos.1.size", 16 * PAGE)
+    with pytest.raises(PeerNonsense, match="different sizes"):
+        check(large)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,12 @@ class KfdDouble:
     def open_node(self, path: str) -> int:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
+    def give_fd(self, fd: int) -> int:
+        return os.dup(fd)
+
+    def close_given(self, number: int) -> None:
+        os.close(number)
+
     def mmap(self, offset: int, length: int, address: int | None = None) -> MappedMemory:
         raise OSError(errno.ENODEV, "")
 

@@ -152,6 +152,12 @@ class RecordingFile:
     def open_node(self, path: str) -> int:
         raise OSError(errno.ENOENT, path)
 
+    def give_fd(self, fd: int) -> int:
+        raise OSError(errno.ENODEV, "no fds")
+
+    def close_given(self, number: int) -> None:
+        raise OSError(errno.ENODEV, "no fds")
+
     def mmap(self, offset: int, length: int, address: int | None = None) -> object:
         raise OSError(errno.ENODEV, "no mmap")
 

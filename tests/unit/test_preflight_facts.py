@@ -134,7 +134,7 @@ def test_files_that_the_engine_sends_are_not_compared(tmp_path: Path) -> None:
 def test_of_a_command_that_starts_anew_only_places_count(tmp_path: Path) -> None:
     with child("f = tempfile.TemporaryFile(); f.truncate(1 << 22); os.chdir(sys.argv[1])",
                str(tmp_path)) as pid:  # fmt: skip
-        facts = restarted(pid, NOWHERE)
+        facts = restarted([pid], NOWHERE)
     assert facts.own.blockers == ()
     assert facts.runs_as == os.geteuid()
     assert {f.path for f in facts.files} >= {str(tmp_path), os.path.realpath(sys.executable)}
@@ -148,7 +148,7 @@ def test_a_process_that_is_gone() -> None:
     with pytest.raises(NoSuchProcess):
         whole_tree([pid], NOWHERE)
     with pytest.raises(MigrateError):
-        restarted(pid, NOWHERE)
+        restarted([pid], NOWHERE)
 
 
 # ---------------------------------------------------------------- contents

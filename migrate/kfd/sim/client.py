@@ -82,6 +82,14 @@ class SimFile:
         """Open another device node of the host here; the fd is the caller's to close."""
         return SimFile.open(path).detach()
 
+    def give_fd(self, fd: int) -> int:
+        """See KfdFile; the process is this one."""
+        return os.dup(fd)
+
+    def close_given(self, number: int) -> None:
+        """See KfdFile."""
+        os.close(number)
+
     def fileno(self) -> int:
         """The socket's fd."""
         return self._file.fileno()

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -205,14 +206,24 @@ class Host:
                 self._use_vram(gpu, -backing.size)
                 backing.close()
 
-    def _hand_over(self, gpu: Gpu, gone: Bo) -> bool:
-        """A buffer that was imported stays mappable by whoever has it. Whether anybody has."""
+    def _same(self, bo: Bo) -> Iterator[Bo]:
+        """All handles of its buffer on its GPU, in any process."""
         for process in self.processes.values():
             for device in process.devices:
-                for other in device.handles.values() if device.gpu is gpu else ():
-                    if other is not gone and other.mmap_offset == gone.mmap_offset:
-                        gpu.mmap_offsets[gone.mmap_offset] = other
-                        return True
+                for other in device.handles.values() if device.gpu is bo.owner.gpu else ():
+                    if other.mmap_offset == bo.mmap_offset:
+                        yield other
+
+    def may_map(self, bo: Bo, file: OpenFile) -> bool:
+        """drm_vma_node_is_allowed(): by the render node that it was made or imported with."""
+        return any(other.owner.drm_file is file for other in (bo, *self._same(bo)))
+
+    def _hand_over(self, gpu: Gpu, gone: Bo) -> bool:
+        """A buffer that was imported stays mappable by whoever has it. Whether anybody has."""
+        for other in self._same(gone):
+            if other is not gone:
+                gpu.mmap_offsets[gone.mmap_offset] = other
+                return True
         return False
 
     def drop_bo(self, bo: Bo) -> None:

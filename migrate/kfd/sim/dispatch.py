@@ -182,6 +182,14 @@ class Runner:
         """Not for the node itself."""
         raise error(errno.ENOTTY)
 
+    def give_fd(self, fd: int) -> int:
+        """Not for the node itself."""
+        raise error(errno.ENOTTY)
+
+    def close_given(self, number: int) -> None:
+        """Not for the node itself."""
+        raise error(errno.ENOTTY)
+
     def mmap(self, offset: int, length: int, address: int | None = None) -> Any:
         """Not for the node itself."""
         raise error(errno.ENOTTY)

@@ -21,6 +21,7 @@ USERPTR = uapi.KFD_IOC_ALLOC_MEM_FLAGS_USERPTR
 DOORBELL = uapi.KFD_IOC_ALLOC_MEM_FLAGS_DOORBELL
 MMIO = uapi.KFD_IOC_ALLOC_MEM_FLAGS_MMIO_REMAP
 AQL = uapi.KFD_IOC_ALLOC_MEM_FLAGS_AQL_QUEUE_MEM
+ANY_GPU = 12  # interface minor since which a dmabuf may be imported on another GPU
 
 
 def acquire_vm(host: Host, process: SimProcess, args: Any) -> None:
@@ -156,12 +157,16 @@ def _dmabuf(host: Host, fd: int) -> Bo:
         inode = os.fstat(fd).st_ino
     except OSError:
         raise error(errno.EBADF) from None
-    for process in (*host.processes.values(), *host.pinned):
-        for device in process.devices:
-            for bo in device.handles.values():
-                if bo.backing is not None and bo.backing.inode == inode:
-                    return bo
-    raise error(errno.EINVAL)
+    found = [
+        bo
+        for process in (*host.processes.values(), *host.pinned)
+        for device in process.devices
+        for bo in device.handles.values()
+        if bo.backing is not None and bo.backing.inode == inode
+    ]
+    if not found:
+        raise error(errno.EINVAL)
+    return min(found, key=lambda bo: bo.imported)
 
 
 def get_dmabuf_info(host: Host, process: SimProcess, args: Any) -> None:
@@ -176,13 +181,17 @@ def get_dmabuf_info(host: Host, process: SimProcess, args: Any) -> None:
 def import_dmabuf(host: Host, process: SimProcess, args: Any) -> None:
     """IMPORT_DMABUF: another handle of the same buffer, at the same offset of its node.
 
-    EINVAL on another GPU (amdgpu_amdkfd_gpuvm_import_dmabuf of Linux 6.1).
+    On another GPU EINVAL (amdgpu_amdkfd_gpuvm_import_dmabuf of Linux 6.1). Since interface
+    1.12 that GPU has a BO of its own for the buffer, in the GTT domain
+    (amdgpu_dma_buf_create_obj).
     """
     source = _dmabuf(host, args.dmabuf_fd)
     device = process.device(args.gpu_id).bound()
-    if device.gpu is not source.owner.gpu:
+    here = device.gpu is source.owner.gpu
+    if not here and host.interface_minor < ANY_GPU:
         raise error(errno.EINVAL)
-    flags = (source.flags & (MEM | GTT)) | (
+    domain = source.flags & (MEM | GTT) if here else GTT
+    flags = domain | (
         uapi.KFD_IOC_ALLOC_MEM_FLAGS_WRITABLE | uapi.KFD_IOC_ALLOC_MEM_FLAGS_EXECUTABLE
     )
     bo = Bo(
@@ -190,7 +199,10 @@ def import_dmabuf(host: Host, process: SimProcess, args: Any) -> None:
         imported=True,
     )
     assert bo.backing is not None
-    bo.backing.users += 1
+    if here:
+        bo.backing.users += 1
+    else:
+        register_bo(device.gpu, bo)
     number = device.free_handle()
     device.handles[number] = bo
     args.handle = uapi.MAKE_HANDLE(args.gpu_id, number)

@@ -172,7 +172,7 @@ class Server:
             return self._find_kfd_memory(caller, offset, length), 0
         for start, bo in file.gpu.mmap_offsets.items():
             if start <= offset < start + bo.size:
-                if bo.owner.drm_file is not file:  # drm_vma_node_is_allowed()
+                if not self.host.may_map(bo, file):
                     raise error(errno.EACCES)
                 if bo.backing is None:  # a userptr
                     raise error(errno.EPERM)

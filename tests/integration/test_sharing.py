@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from scenarios.cluster import Cluster, wait_until
+from scenarios.ports import free_port
 from tests.integration.jobs import migrate
 from tests.integration.sharers import MEMORY, SAVE_AREA, SIZE
+from tests.lab.sharing_job import ask
 
 PATIENCE = 60.0  # seconds
 NEWER = ("--kfd-minor", "12")  # has EXPORT_DMABUF, and imports on another GPU
@@ -88,3 +90,21 @@ def test_what_a_parent_writes_its_child_reads_after_a_move(cluster: Cluster) -> 
     program.sees(program.log, written + 10)
     program.sees(program.child, written + 10)
     program.ends(program.log, program.child)
+
+
+def test_the_labs_job_sees_itself_share(cluster: Cluster) -> None:
+    """What tests/lab moves between kernels works where it is not moved."""
+    port = free_port()
+    job = cluster.workload("a", ["-m", "tests.lab.sharing_job", "--port", str(port)])
+
+    def shares() -> bool:
+        try:
+            found = ask(port, "status")
+        except ConnectionRefusedError:
+            return False
+        assert found["error"] == ""
+        return bool(found["seen"] > 3 and found["child_seen"] > 3)
+
+    wait_until(shares, PATIENCE, "both to see what the other wrote")
+    assert ask(port, "finish")["child_ended"] == 0
+    assert job.wait(PATIENCE) == 0

@@ -98,6 +98,33 @@ class GpuJob:
         assert lines == [f"{step} {next(digests)}" for step in range(status["step"])]
 
 
+class SharingJob:
+    """A ``tests.lab.sharing_job``, wherever it is now. Tell *host* when it has moved."""
+
+    def __init__(self, host: Host, port: int) -> None:
+        self.host = host
+        self._line = f"tests.lab.sharing_job --port {port}"
+        self.command = f"python3 -m {self._line}"
+
+    def ask(self, request: str = "status") -> dict[str, Any]:
+        """The job's answer; neither process has met an error."""
+        said = self.host.ssh(f"{PYTHON} {self._line} --ask {request} || true")
+        status: dict[str, Any] = json.loads(said) if said.strip() else {"child_seen": 0, "seen": 0}
+        assert not status.get("error"), status
+        return status
+
+    def after(self, steps: int) -> dict[str, Any]:
+        """Its status once each has seen so many steps of the other in the buffer."""
+        found: list[dict[str, Any]] = []
+
+        def reached() -> bool:
+            found[:] = [self.ask()]
+            return bool(min(found[0]["seen"], found[0]["child_seen"]) >= steps)
+
+        wait_for(reached, f"{steps} steps seen")
+        return found[0]
+
+
 def rocr_chain() -> Iterator[int]:
     """The digest of ``rocr_job.c`` after 0, 1, 2 ... steps."""
     digest, word = mix(0), 0

@@ -21,7 +21,8 @@ from scenarios.lab.host import HostSpec
 from scenarios.lab.image import NEXT_CRIU
 from scenarios.lab.layout import Layout
 from tests.lab.conftest import Hosts
-from tests.lab.jobs import GpuJob, RocrJob, prepare, wait_for
+from tests.lab.jobs import GpuJob, RocrJob, SharingJob, prepare, wait_for
+from tests.lab.sharing_job import SIZE
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
 
@@ -145,6 +146,23 @@ def test_a_parent_and_a_child_that_both_use_the_gpus(pair: Pair, keep: Keep) -> 
     wait_for(lambda: bool(job.ask()["child_step"] > after["child_step"]), "the child is silent")
     ended = job.ask("finish", child=True)
     keep(cluster, "c-tree", [report], before=[before, child], after=[job.finish(), ended])
+
+
+def test_a_parent_and_a_child_that_share_a_buffer(pair: Pair, keep: Keep) -> None:
+    """Each writes to it by its GPU and reads what the other wrote; its bytes move once."""
+    cluster = pair(2, 2)
+    job = SharingJob(cluster.hosts["a"], 7115)
+    pid = cluster.spawn("a", job.command)
+    before = job.after(5)
+    report = move(cluster, pid, "ab")
+    assert report["bytes"]["vram"] == SIZE
+    job.host = cluster.hosts["b"]
+    now = job.ask()
+    after = job.after(max(now["steps"], now["child_steps"]) + 10)
+    assert (after["pid"], after["child"]) == (before["pid"], before["child"])
+    ended = job.ask("finish")
+    assert ended["child_ended"] == 0
+    keep(cluster, "shared-buffer", [report], before=before, after=[after, ended])
 
 
 def test_a_process_without_any_gpu_state(pair: Pair, keep: Keep) -> None:

@@ -377,7 +377,7 @@ class DeviceFile(MigrateError):
 
 
 class UnsupportedFile(MigrateError):
-    """An open file of a kind that can't be moved (perf events, KVM, userfaultfd and the like)."""
+    """An open file of a kind that can't be moved (perf events, KVM, userfaultfd, dmabufs ...)."""
 
     reason = "UNSUPPORTED_FILE"
     exit_code = 44

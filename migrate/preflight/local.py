@@ -25,7 +25,7 @@ from migrate.errors import (
 )
 from migrate.preflight.descriptors import Descriptor
 from migrate.preflight.findings import Finding
-from migrate.preflight.mappings import Mapping
+from migrate.preflight.mappings import DMABUF, Mapping
 
 GHOST_LIMIT = 1 << 20  # bytes of a deleted file: --ghost-limit of CRIU unless told otherwise
 
@@ -88,6 +88,8 @@ def _unsupported(descriptor: Descriptor) -> MigrateError | None:
         return None
     if stat.S_ISCHR(descriptor.mode) or stat.S_ISBLK(descriptor.mode):
         return _device(descriptor)
+    if descriptor.link.startswith(DMABUF):
+        return UnsupportedFile(f"{descriptor.name} is a dmabuf")
     anon = _ANON.match(descriptor.link)
     if anon is None or anon[1] in _MOVABLE_ANON:
         return None

@@ -14,7 +14,8 @@ _LINE = re.compile(
     r"([0-9a-f]+)-([0-9a-f]+) (....) [0-9a-f]+ ([0-9a-f]+):([0-9a-f]+) (\d+)\s*(/.*)?$"
 )
 _DELETED = " (deleted)"
-_OWN = ("/memfd:", "/dmabuf:", "/dev/zero", "/SYSV", "/anon_hugepage")  # memory that has no file
+DMABUF = "/dmabuf:"  # and its name: of the files that drivers export buffers as
+_OWN = ("/memfd:", "/dev/zero", "/SYSV", "/anon_hugepage")  # memory that has no file
 
 
 class Mapping(Value):
@@ -50,7 +51,7 @@ def _of_process(pid: int, paths: HostPaths) -> Iterator[Mapping]:
         raise NoSuchProcess(f"no process {pid}") from error
     found: dict[str, Mapping] = {}
     for line in lines:
-        mapping = _mapping(pid, line, paths)
+        mapping = of_line(pid, line, paths)
         if mapping is None:
             continue
         known = found.get(mapping.path)
@@ -59,7 +60,8 @@ def _of_process(pid: int, paths: HostPaths) -> Iterator[Mapping]:
     yield from found.values()
 
 
-def _mapping(pid: int, line: str, paths: HostPaths) -> Mapping | None:
+def of_line(pid: int, line: str, paths: HostPaths) -> Mapping | None:
+    """What a line of /proc/PID/maps says of a file, None if it is of none that matters."""
     match = _LINE.match(line)
     if match is None or not match[7] or match[7].startswith(_OWN):
         return None
@@ -82,7 +84,7 @@ def _mapping(pid: int, line: str, paths: HostPaths) -> Mapping | None:
         size=size,
         shared_writable=match[3][1] == "w" and match[3][3] == "s",
         deleted=gone,
-        device_file=seen is not None and stat.S_ISCHR(seen.st_mode),
+        device_file=path.startswith(DMABUF) or (seen is not None and stat.S_ISCHR(seen.st_mode)),
     )
 
 

@@ -13,10 +13,12 @@ import pytest
 
 from migrate.errors import MigrateError, NoSuchProcess
 from migrate.model import HostPaths
-from migrate.preflight import files
+from migrate.preflight import files, local
 from migrate.preflight.collect import restarted, whole_tree
+from migrate.preflight.descriptors import Descriptor
 from migrate.preflight.facts import Facts
 from migrate.preflight.identity import PIECE, PIECES, identity
+from migrate.preflight.mappings import of_line
 
 NOWHERE = HostPaths.under("/nonexistent")
 
@@ -63,6 +65,29 @@ def reasons(facts: Facts) -> list[str]:
 )
 def test_no_trouble(code: str) -> None:
     assert reasons(facts_of(code)) == []
+
+
+def test_a_dmabuf_as_a_file() -> None:
+    """None can be made without a driver that exports one: what /proc shows of it is given."""
+    link = "/dmabuf:drm"
+    open_one = Descriptor(
+        pid=7,
+        number=4,
+        link=link,
+        mode=0o600,
+        device=12,
+        size=4096,
+        links=1,
+        inode=99,
+        writable=True,
+        gpu=False,
+    )
+    line = f"7f0000000000-7f0000001000 rw-s 00000000 00:0c 99                         {link}"
+    mapping = of_line(7, line, NOWHERE)
+    assert mapping is not None
+    found = list(local.files([open_one], [mapping], 1 << 20))
+    assert [one.reason for one in found] == ["UNSUPPORTED_FILE", "DEVICE_FILE"]
+    assert found[0].message == "fd 4 of process 7 is a dmabuf"
 
 
 def test_large_deleted_files() -> None:

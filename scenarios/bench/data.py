@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from migrate.dataplane.chunks import MIN_CHUNK
+
 PIECE = 1 << 20
 
 
@@ -71,7 +73,8 @@ def memfd(kind: str, size: int) -> int:
     made = [KINDS[kind](seed) for seed in range(16)]
     for number, offset in enumerate(range(0, size, PIECE)):
         data = bytearray(made[number % 16])
-        if kind != "zeros":
-            data[:8] = number.to_bytes(8, "little")  # no two pieces are the same
+        if any(data):  # no two chunks are the same, or they would travel as duplicates
+            for at in range(0, PIECE, MIN_CHUNK):
+                data[at : at + 8] = (offset + at).to_bytes(8, "little")
         os.pwrite(fd, data[: size - offset], offset)
     return fd

@@ -47,7 +47,7 @@ def join_planes(planes: Bytes, out: Bytes, width: int) -> None:
 
 
 class Encoder:
-    """Compresses runs of at most 1 MiB. Not thread-safe; keeps buffers and contexts."""
+    """Compresses runs of at most MAX_PAYLOAD bytes. Not thread-safe; keeps buffers and contexts."""
 
     def __init__(self) -> None:
         self._contexts: dict[int, zstandard.ZstdCompressor] = {}

@@ -22,7 +22,7 @@ FRAME_TIMEOUT = 30.0  # seconds for the rest of a frame that has begun
 
 
 class FrameReader:
-    """Reads the frames of one lane into buffers of its own (1 MiB)."""
+    """Reads the frames of one lane into buffers of its own (2 MiB)."""
 
     def __init__(self, channel: Channel, opener: Opener) -> None:
         self._channel = channel

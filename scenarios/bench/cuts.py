@@ -22,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import msgspec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -66,7 +67,7 @@ class Found(Value):
 class CountingAead:
     """AES-GCM that remembers each pair of key and nonce it sealed with."""
 
-    used: Counter[tuple[bytes, bytes]]
+    used: ClassVar[Counter[tuple[bytes, bytes]]] = Counter()
 
     def __init__(self, key: bytes) -> None:
         self._key = key
@@ -181,7 +182,7 @@ class Soak:
         """One migration, from an empty session to memory that was read back."""
         session_id, secret = number.to_bytes(16, "big"), self._dice.randbytes(32)
         session = self._receiver.open_session(session_id, secret, SIZE)
-        placed = Counter[int]()
+        placed = Placed()
         info = ObjectInfo(id=1, kind=ObjectKind.VRAM, size=SIZE, chunk=CHUNK)
         session.staging.declare(info)
         _count(session.staging.get(1), placed)
@@ -216,21 +217,16 @@ class Soak:
         sender: Sender,
         info: ObjectInfo,
         source: MemoryAccess,
-        placed: Counter[int],
+        placed: Placed,
         secret: bytes,
         session_id: bytes,
         epochs: Iterator[int],
     ) -> Sender:
         """Let the sender get somewhere, drop it, and have another one go on."""
-        cancel = threading.Event()
-        enough = self._dice.randrange(SIZE // CHUNK)
-
-        def progress(_scanned: int, _total: int) -> None:
-            if len(placed) >= enough:
-                cancel.set()
-
+        # Half of it at most: what is in flight then is too little for the rest of the way.
+        placed.enough = self._dice.randrange(SIZE // CHUNK // 2)
         try:
-            sender.send_round([(info, source)], progress, cancel)
+            sender.send_round([(info, source)], cancel=placed.reached)
         except Cancelled:
             self.restarts += 1
         sender.close()
@@ -256,13 +252,24 @@ class Soak:
         self._receiver.close()
 
 
-def _count(staged: StagedObject, placed: Counter[int]) -> None:
+class Placed(Counter[int]):
+    """How often each chunk was placed; ``reached`` is set once *enough* were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enough = SIZE
+        self.reached = threading.Event()
+
+
+def _count(staged: StagedObject, placed: Placed) -> None:
     """Count for each chunk how often it is placed."""
     commit = staged.commit
 
     def counting(offset: int, length: int, digests: bytes) -> None:
         commit(offset, length, digests)
         placed.update(range(offset // CHUNK, (offset + length) // CHUNK))
+        if len(placed) >= placed.enough:
+            placed.reached.set()
 
     staged.commit = counting  # type: ignore[method-assign]
 

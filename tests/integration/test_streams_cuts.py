@@ -10,12 +10,10 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import ClassVar
 
 import pytest
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from migrate.dataplane.access import Buffer, MemoryAccess
+from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.channel import Channel, TcpListener, connect_tcp
 from migrate.dataplane.memory import MmapAccess
 from migrate.dataplane.messages import ObjectInfo, ObjectKind
@@ -23,6 +21,7 @@ from migrate.dataplane.receiver import Receiver, Session
 from migrate.dataplane.sender import Sender
 from migrate.errors import StreamBroken
 from scenarios.bench import cuts
+from scenarios.bench.cuts import CountingAead
 
 MIB = 1 << 20
 CHUNK = 64 << 10
@@ -96,27 +95,6 @@ def shut(*sockets: socket.socket) -> None:
     for sock in sockets:
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
-
-
-class CountingAead:
-    """AES-GCM that counts each pair of key and nonce it seals with."""
-
-    used: ClassVar[Counter[tuple[bytes, bytes]]] = Counter()
-
-    def __init__(self, key: bytes) -> None:
-        self._key = key
-        self._aead = AESGCM(key)
-
-    def encrypt_into(
-        self, nonce: Buffer, data: Buffer, associated_data: Buffer | None, buf: Buffer
-    ) -> int:
-        self.used[(self._key, bytes(nonce))] += 1
-        return self._aead.encrypt_into(nonce, data, associated_data, buf)
-
-    def decrypt_into(
-        self, nonce: Buffer, data: Buffer, associated_data: Buffer | None, buf: Buffer
-    ) -> int:
-        return self._aead.decrypt_into(nonce, data, associated_data, buf)
 
 
 @pytest.fixture(autouse=True)

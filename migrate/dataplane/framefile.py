@@ -6,7 +6,6 @@ is superseded by a later round stays in the file; reading applies all in order.
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import time
@@ -24,10 +23,18 @@ from migrate.dataplane.intake import Intake
 from migrate.dataplane.messages import Codec, ObjectInfo, Run
 from migrate.dataplane.scan import SpanScan
 from migrate.dataplane.session import Session
-from migrate.dataplane.source import Forget, Manifest, ObjectBook, Progress, Round, SourceObject
+from migrate.dataplane.source import (
+    Coming,
+    Forget,
+    Manifest,
+    ObjectBook,
+    Progress,
+    Round,
+    SourceObject,
+)
 from migrate.dataplane.stats import RoundStats
 from migrate.dataplane.wire import FrameReader, FrameWriter
-from migrate.errors import InsufficientDisk
+from migrate.errors import Cancelled, InsufficientDisk
 
 LANE = Lane(direction=Direction.TO_DESTINATION, stream=0, epoch=1)
 _REPORT = 16  # spans between calls of ``progress``
@@ -112,16 +119,33 @@ class FileSender:
         objects: Sequence[tuple[ObjectInfo, MemoryAccess]],
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
+        coming: Coming | None = None,
     ) -> RoundStats:
         """As ``Sender.send_round``; what it returns for is written, not yet durable."""
         began = time.monotonic()
         sources, forget = self._book.begin(objects)
-        self.round = Round(sources, forget, cancel or threading.Event())
+        stop = cancel or threading.Event()
+        self.round = Round(sources, forget, stop, growing=coming is not None)
         self._origins.clear()
-        for number in itertools.count():
+        if coming is not None:
+            self._book.feed(self.round, coming)
+        try:
+            self._write_all(progress)
+        except Cancelled:
+            raise self.round.error or Cancelled("the migration was cancelled") from None
+        except BaseException as error:
+            self.round.fail(error)  # whatever brings more objects is to end
+            raise
+        since = self._book.ended(list(self.round.objects), forget, began)
+        return self.round.counters.stats(time.monotonic() - began, since)
+
+    def _write_all(self, progress: Progress | None) -> None:
+        number = 0
+        while not self.round.is_over():
             item = self.round.take()
             if item is None:
-                break
+                self.round.await_more()
+                continue
             self.round.check()
             if isinstance(item, Forget):
                 self._writer.write(Kind.FORGET, messages.pack_forget(item.object_id))
@@ -129,10 +153,10 @@ class FileSender:
             source = self.round.objects[item.object_id]
             self._declare(source)
             SpanScan(self, source, self.round.access[item.object_id], item).run()
+            self.round.settled(source)
             if progress is not None and number % _REPORT == 0:
                 progress(self.round.counters.stats(0.0).scanned, self.round.total)
-        since = self._book.ended([info.id for info, _ in objects], forget, began)
-        return self.round.counters.stats(time.monotonic() - began, since)
+            number += 1
 
     def give_up(self, object_id: int) -> None:
         """As ``Sender.give_up``."""

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 
 from migrate import process_vm
 from migrate.dataplane import sigbus
-from migrate.dataplane.access import Buffer
+from migrate.dataplane.access import Buffer, MemoryAccess
 from migrate.dataplane.chunks import address_of
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -111,6 +111,33 @@ class BytesAccess:
     def close(self) -> None:
         """Release the view."""
         self._data.release()
+
+
+class PartAccess:
+    """*size* bytes from *offset* of another object; ``close`` closes that one."""
+
+    def __init__(self, whole: MemoryAccess, offset: int, size: int) -> None:
+        self._whole = whole
+        self._offset = offset
+        self.size = size
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        """See MemoryAccess."""
+        return self._whole.view(self._offset + offset, length)
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """See MemoryAccess."""
+        check_bounds(self.size, offset, len(into))
+        self._whole.read(self._offset + offset, into)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """See MemoryAccess."""
+        check_bounds(self.size, offset, len(data))
+        self._whole.write(self._offset + offset, data)
+
+    def close(self) -> None:
+        """See MemoryAccess."""
+        self._whole.close()
 
 
 class MmapAccess:

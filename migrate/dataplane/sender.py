@@ -16,7 +16,7 @@ from migrate.dataplane.chooser import AdaptiveChooser, Chooser
 from migrate.dataplane.frame import AeadFactory
 from migrate.dataplane.messages import ObjectInfo
 from migrate.dataplane.pacer import Pacer
-from migrate.dataplane.source import Manifest, ObjectBook, Progress, Round
+from migrate.dataplane.source import Coming, Manifest, ObjectBook, Progress, Round
 from migrate.dataplane.stats import RoundStats
 from migrate.dataplane.stream import MIN_WINDOW, Refusal, SourceStream, StreamOptions
 from migrate.errors import FrameRejected, StreamBroken
@@ -86,8 +86,12 @@ class Sender:
         objects: Sequence[tuple[ObjectInfo, MemoryAccess]],
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
+        coming: Coming | None = None,
     ) -> RoundStats:
         """Bring the destination's staging to what the objects hold now.
+
+        *coming*: more objects, each sent when it comes and its access closed when the
+        destination has it. It is iterated in a thread of its own; what it raises is raised here.
 
         Returns when all is acknowledged. ``progress(scanned, total)`` is called from this
         thread about ten times a second. Raises Cancelled, StreamBroken, MigrationFailed
@@ -95,12 +99,15 @@ class Sender:
         """
         began = time.monotonic()
         sources, forget = self._book.begin(objects)
-        round_ = self._round = Round(sources, forget, cancel or threading.Event())
+        stop = cancel or threading.Event()
+        round_ = self._round = Round(sources, forget, stop, growing=coming is not None)
+        if coming is not None:
+            self._book.feed(round_, coming)
         try:
             self._run(round_, progress)
         finally:
             self._round = None
-        since = self._book.ended([info.id for info, _ in objects], forget, began)
+        since = self._book.ended(list(round_.objects), forget, began)
         return round_.counters.stats(time.monotonic() - began, since)
 
     def resume(self, cancel: threading.Event | None = None) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.chunks import ChunkTable
@@ -13,6 +14,7 @@ from migrate.errors import Cancelled, MigrationFailed, VerificationFailed
 from migrate.model import Value
 
 SPAN = 4 << 20  # bytes of an object that one stream takes at a time
+_LOOK = 0.1  # seconds between looks whether a round that waits for objects was ended
 
 
 class SourceObject:
@@ -50,14 +52,22 @@ class Forget(Value):
 Item = Span | Forget
 
 
+Coming = Iterable[tuple[ObjectInfo, MemoryAccess]]  # objects that appear during a round
+
+
 class Round:
-    """What the streams of one round share. Spans are handed out once, in order."""
+    """What the streams of one round share. Spans are handed out once, in order.
+
+    With *growing* it is not over before ``complete``: objects are added meanwhile.
+    """
 
     def __init__(
         self,
         objects: Sequence[tuple[SourceObject, MemoryAccess]],
         forget: Sequence[int],
         cancel: threading.Event,
+        *,
+        growing: bool = False,
     ) -> None:
         self.objects = {o.info.id: o for o, _ in objects}
         self.access = {o.info.id: access for o, access in objects}
@@ -67,13 +77,54 @@ class Round:
         self._failed = threading.Event()
         self.error: BaseException | None = None
         self.gone: set[int] = set()  # objects whose memory was given up during the round
-        self._lock = threading.Lock()
-        self._items = _items(objects, forget)
+        self._lock = threading.Condition()
+        self._items: deque[Item] = deque(Forget(object_id=gone) for gone in forget)
+        for source, _ in objects:
+            self._items.extend(_spans(source))
+        self._growing = growing
+        self._added: set[int] = set()  # of the objects, those to be let go as they stand
 
     def take(self) -> Item | None:
-        """The next piece of work, None if all of it was handed out."""
+        """The next piece of work, None if there is none now: see ``is_over``."""
         with self._lock:
-            return next(self._items, None)
+            return self._items.popleft() if self._items else None
+
+    def add(self, source: SourceObject, access: MemoryAccess) -> None:
+        """One more object; its access is closed as soon as the destination has all of it."""
+        with self._lock:
+            self.objects[source.info.id] = source
+            self.access[source.info.id] = access
+            self.total += source.info.size
+            self._added.add(source.info.id)
+            self._items.extend(_spans(source))
+            self._lock.notify_all()
+
+    def complete(self) -> None:
+        """Nothing is added any more."""
+        with self._lock:
+            self._growing = False
+            self._lock.notify_all()
+
+    def is_over(self) -> bool:
+        """Whether all work was handed out and none can come."""
+        with self._lock:
+            return not self._growing and not self._items
+
+    def await_more(self) -> None:
+        """Until there is work or the round is over. Raises as ``check``.
+
+        For a stream with nothing in flight: what is added may wait for what it has sent.
+        """
+        with self._lock:
+            while self._growing and not self._items:
+                self.check()
+                self._lock.wait(_LOOK)
+
+    def settled(self, source: SourceObject) -> None:
+        """Some chunks of an object stand at the destination."""
+        number = source.info.id
+        if number in self._added and next(source.held.unknown(), None) is None:
+            self.access[number].close()
 
     def check(self) -> None:
         """Raises Cancelled if the round is not to go on."""
@@ -95,15 +146,12 @@ class Round:
         self._failed.set()
 
 
-def _items(
-    objects: Sequence[tuple[SourceObject, MemoryAccess]], forget: Sequence[int]
-) -> Iterator[Item]:
-    for object_id in forget:
-        yield Forget(object_id=object_id)
-    for source, _ in objects:
-        for offset in range(0, max(source.info.size, 1), SPAN):
-            length = min(SPAN, source.info.size - offset)
-            yield Span(object_id=source.info.id, offset=offset, length=length)
+def _spans(source: SourceObject) -> list[Span]:
+    size = source.info.size
+    return [
+        Span(object_id=source.info.id, offset=offset, length=min(SPAN, size - offset))
+        for offset in range(0, max(size, 1), SPAN)
+    ]
 
 
 Manifest = dict[int, tuple[int, bytes]]  # size and digests (16 bytes a chunk) by object id
@@ -137,6 +185,22 @@ class ObjectBook:
         for source, _ in sources:
             source.seen.forget_run(0, source.seen.count)
         return sources, sorted(self.dropped & self._objects.keys())
+
+    def feed(self, round_: Round, coming: Coming) -> threading.Thread:
+        """Add what *coming* brings to the round, in a thread; what it raises fails the round."""
+
+        def work() -> None:
+            try:
+                for info, access in coming:
+                    round_.add(self.source(info), access)
+                    round_.check()
+                round_.complete()
+            except BaseException as error:
+                round_.fail(error)
+
+        thread = threading.Thread(target=work, name="data-feed", daemon=True)
+        thread.start()
+        return thread
 
     def ended(self, objects: Sequence[int], forgotten: Sequence[int], began: float) -> float:
         """The round is done; seconds since the one before began, 0.0 if it is the first."""
@@ -174,4 +238,4 @@ def read(info: ObjectInfo, access: MemoryAccess, offset: int, into: memoryview) 
         ) from error
 
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # bytes scanned, and of how many

@@ -127,11 +127,14 @@ class SourceStream:
                 self._open()
             assert self._channel is not None
             self._channel.check = self.round.check
-            while (item := self._next_item()) is not None:
-                self.round.check()
-                self._send_item(item)
-            self._flush()
-            return True
+            while True:
+                while (item := self._next_item()) is not None:
+                    self.round.check()
+                    self._send_item(item)
+                self._flush()
+                if self.round.is_over():
+                    return True
+                self.round.await_more()
         except (OSError, EOFError, FrameRejected) as error:
             self.close()
             self._cut(error)
@@ -243,6 +246,7 @@ class SourceStream:
                 source = self.round.objects.get(sent.item.object_id)
                 if source is not None:
                     source.held.set_run(sent.item.offset // source.info.chunk, sent.digests)
+                    self.round.settled(source)
 
     def _requeue(self) -> None:
         """What was in flight and does not stand is to be done again."""

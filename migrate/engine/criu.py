@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import msgspec
@@ -20,10 +20,11 @@ from migrate.dataplane.memory import ProcessMemoryAccess
 from migrate.engine import cgroup, control, criu_tree, procfs
 from migrate.engine.criu_document import CriuDocument
 from migrate.engine.criu_dump import Dump, kfd_processes
+from migrate.engine.criu_images import Images
 from migrate.engine.criu_restore import Restoration
 from migrate.engine.criu_tree import Trees
 from migrate.engine.image_file import ImageFile
-from migrate.engine.seam import Blob, Blocker, CpuImage, CpuRange, Survey, T, Visitor
+from migrate.engine.seam import Blob, Blocker, CpuImage, CpuRange, Piece, Survey, T, Visitor
 from migrate.engine.tracing import traced
 from migrate.errors import (
     CgroupUnusable,
@@ -40,6 +41,9 @@ from migrate.preflight.findings import TCP_CLOSE
 from migrate.topology.devices import can_hide, hidden_nodes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# Bytes of CRIU's files that are no memory of the process: they lie in the run directory of the
+# source. Those of deleted files (GHOST_LIMIT each) come to that.
+IMAGE_ROOM = 32 << 20
 HOOK = "hook"  # folder of the compiled hook in the run directory
 
 
@@ -58,6 +62,7 @@ class CriuEngine:
         self._trees = Trees(paths)
         self._lock = threading.Lock()
         self._dumps: dict[ProcessRef, Dump] = {}
+        self._received: dict[str, Images] = {}  # by migration
 
     # ------------------------------------------------------------ looking
 
@@ -71,7 +76,8 @@ class CriuEngine:
             uid=procfs.uid(pid),
             kfd_processes=tuple(kfd_processes(pid, self._paths)),
             cpu_bytes=cpu_bytes,
-            image_bytes=cpu_bytes,
+            image_bytes=IMAGE_ROOM,
+            cpu_copies=1,  # in staging, then in CRIU's files, then in the process
             blockers=tuple(self._blockers()),
         )
 
@@ -122,6 +128,10 @@ class CriuEngine:
             self._dumps[process] = dump
         return dump.visit(visit)
 
+    def pieces(self, process: ProcessRef) -> Iterator[tuple[Piece, MemoryAccess]]:
+        """See ProcessEngine. Raises CheckpointFailed."""
+        return self._dump_of(process).pieces()
+
     def finish_dump(self, process: ProcessRef, image: CpuImage) -> CpuImage:
         """See ProcessEngine."""
         return self._dump_of(process).finish(image)
@@ -146,7 +156,7 @@ class CriuEngine:
 
     def blob(self, process: ProcessRef, wanted: Blob) -> MemoryAccess:
         """See ProcessEngine."""
-        return ImageFile(self._dump_of(process).images / _checked(wanted.name), wanted.size)
+        return ImageFile.at(self._dump_of(process).images / _checked(wanted.name), wanted.size)
 
     def thaw(self, process: ProcessRef) -> None:
         """See ProcessEngine. Also releases a held process at the destination."""
@@ -180,9 +190,10 @@ class CriuEngine:
 
     def receive(self, migration: str, coming: Blob) -> MemoryAccess:
         """See ProcessEngine. Raises FrameRejected for a name that is none of CRIU's."""
-        images = self._folder(migration) / "images"
-        images.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return ImageFile(images / _checked(coming.name), coming.size, create=True)
+        folder, name = self._folder(migration) / "images", _checked(coming.name)
+        with self._lock:
+            images = self._received.setdefault(migration, Images(folder))
+        return images.open(Blob(name=name, size=coming.size))
 
     def restore(self, image: CpuImage, migration: str, gpu_map: GpuMap) -> Restoration:
         """See ProcessEngine. Raises RestoreFailed, CriuUnusable, CgroupUnusable."""
@@ -205,6 +216,7 @@ class CriuEngine:
             minors,
             gpu_map,
             hidden,
+            lambda: self.discard(migration),
         )
         try:
             held.await_tasks()
@@ -215,6 +227,11 @@ class CriuEngine:
 
     def discard(self, migration: str) -> None:
         """See ProcessEngine. CRIU's logs stay."""
+        with self._lock:
+            images = self._received.pop(migration, None)
+        if images is not None:
+            images.close()
+        # Also what an agent that was killed has left of it.
         shutil.rmtree(self._folder(migration) / "images", ignore_errors=True)
 
     # ------------------------------------------------------------ both

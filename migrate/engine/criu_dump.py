@@ -15,7 +15,7 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from migrate.engine.criu_document import (
     minor_to_gpu,
 )
 from migrate.engine.criu_hooks import HookServer
+from migrate.engine.criu_pages import PagePipes, PieceAccess
 from migrate.engine.hook import SOCKET_VARIABLE, Hook, HookCall, Stage, Verdict
-from migrate.engine.seam import Blob, CpuImage, T, Visitor
+from migrate.engine.seam import Blob, CpuImage, Piece, T, Visitor
 from migrate.engine.tracing import guard
 from migrate.errors import CheckpointFailed, MigrateError
 from migrate.kfd.file import find_kfd_fds
@@ -41,11 +42,12 @@ from migrate.model import HostPaths, ProcessRef
 
 _log = logging.getLogger(__name__)
 LIBRARIES_VARIABLE = "CRIU_LIBS_DIR"  # where CRIU looks for plugins; its RPC has no field for it
+SHARED = 64  # page files that are piped beside one for each task: of shared memory
 UNSUPPORTED = Verdict(value=-errno.ENOTSUP)
 
 
 class Dump:
-    """A dump under way. ``visit`` once, then ``finish``; or ``give_up`` at any time."""
+    """A dump under way. ``visit``, ``pieces``, ``finish``; or ``give_up`` at any time."""
 
     def __init__(
         self,
@@ -81,6 +83,7 @@ class Dump:
         self._done = False
         shutil.rmtree(folder, ignore_errors=True)
         self.images.mkdir(parents=True, mode=0o700)
+        self._pages = PagePipes(self.images, len(criu_tree.tree(process.pid)) + SHARED)
         self._server = HookServer(folder / "hook", self._answer)
         environment = {
             SOCKET_VARIABLE: str(self._server.path),
@@ -116,6 +119,10 @@ class Dump:
             self._state.notify_all()
         return found
 
+    def pieces(self) -> Iterator[tuple[Piece, PieceAccess]]:
+        """Of CRIU's page files, while it writes them: as long as nobody takes them, it waits."""
+        return self._pages.pieces()
+
     def finish(self, image: CpuImage) -> CpuImage:
         """Wait for CRIU's end; the tree is frozen in its group again. Raises CheckpointFailed."""
         self._thread.join()
@@ -132,11 +139,11 @@ class Dump:
             criu=self._version,
             tcp_close=self._tcp_close,
         )
-        blobs = tuple(
-            Blob(name=path.name, size=path.stat().st_size)
-            for path in sorted(self.images.iterdir())
-            if path.is_file()
-        )
+        sizes = self._pages.settle()
+        for path in self.images.iterdir():
+            if not path.is_symlink():
+                sizes[path.name] = path.stat().st_size
+        blobs = tuple(Blob(name=name, size=size) for name, size in sorted(sizes.items()))
         return CpuImage(engine=image.engine, state=document.encode(), ranges=(), blobs=blobs)
 
     def give_up(self) -> None:
@@ -145,12 +152,14 @@ class Dump:
             if self._failed is None and not self._done:
                 self._failed = CheckpointFailed("the dump was given up")
             self._state.notify_all()
+        self._pages.close()
         self._server.close()
         self._swrk.close()
         self._thread.join()
         self._close()
 
     def _close(self) -> None:
+        self._pages.close()
         self._server.close()
         self._swrk.close()
 
@@ -178,6 +187,7 @@ class Dump:
             self._failed = self._failed or error
             self._done = True
             self._state.notify_all()
+        self._pages.written()
 
     def _notified(self, notification: Notification) -> bool:
         _log.debug("criu: %s", notification.script)

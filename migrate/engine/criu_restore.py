@@ -20,7 +20,6 @@ import contextlib
 import errno
 import logging
 import os
-import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -63,11 +62,14 @@ class Restoration:
         render_minors: Mapping[int, int],
         gpu_map: GpuMap,
         hidden: Sequence[tuple[int, int]] = (),
+        built: Callable[[], None] = lambda: None,
     ) -> None:
         """Start CRIU. Raises CriuUnusable, CgroupUnusable, VisibleGpus, OSError.
 
         ``hidden``: device numbers that no task of the copy opens, as long as it lives.
+        ``built`` is called when CRIU has read its files and ended.
         """
+        self._built = built
         self._document = document
         self._paths = paths
         self._folder = folder
@@ -147,7 +149,7 @@ class Restoration:
         with self._state:
             self._wait(lambda: self._ended)
         self._close()
-        shutil.rmtree(self._folder / "images", ignore_errors=True)
+        self._built()
         if not procfs.is_alive(self.process):
             raise ProcessExited(f"process {self.process.pid} ended while it was built")
         if not (self._frozen and self._group.is_frozen):

@@ -5,18 +5,20 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Self
 
 
 class ImageFile:
-    """*size* bytes of the file at *path*; *create*: a new file of zeros, sparse."""
+    """*size* bytes of the file that *fd* is open on, which is closed with this."""
 
-    def __init__(self, path: Path, size: int, *, create: bool = False) -> None:
-        """Raises OSError."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC if create else os.O_RDONLY
-        self._fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    def __init__(self, fd: int, size: int) -> None:
+        self._fd = fd
         self.size = size
-        if create:
-            os.ftruncate(self._fd, size)
+
+    @classmethod
+    def at(cls, path: Path, size: int) -> Self:
+        """To read a file that CRIU wrote. Raises OSError, also for a link."""
+        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), size)
 
     def view(self, offset: int, length: int) -> memoryview | None:
         """Always None: it is read where it is needed."""

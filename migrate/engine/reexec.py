@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ from migrate.engine import control, procfs
 from migrate.engine.document import Document, Member, Tree
 from migrate.engine.held import Held
 from migrate.engine.marker import Marker
-from migrate.engine.seam import Blob, Blocker, CpuImage, CpuRange, Survey, T, Visitor
+from migrate.engine.seam import Blob, Blocker, CpuImage, CpuRange, Piece, Survey, T, Visitor
 from migrate.engine.tracing import traced
 from migrate.errors import (
     EngineUnsupported,
@@ -171,6 +171,10 @@ class ReexecEngine:
     def dump(self, process: ProcessRef, visit: Visitor[T], ways_out: Collection[str] = ()) -> T:
         """See ProcessEngine: the image is whole since the freeze."""
         return self.visit_frozen(process, visit)
+
+    def pieces(self, process: ProcessRef) -> Iterator[tuple[Piece, MemoryAccess]]:
+        """See ProcessEngine: there are none."""
+        return iter(())
 
     def finish_dump(self, process: ProcessRef, image: CpuImage) -> CpuImage:
         """See ProcessEngine."""

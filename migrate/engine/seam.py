@@ -11,7 +11,7 @@ an agent that comes back after kill -9 has nothing but its journal.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from migrate.dataplane.access import MemoryAccess
@@ -35,7 +35,8 @@ class Survey(Value):
     kfd_processes: tuple[int, ...]  # pids of the tree that have /dev/kfd open
     cpu_bytes: int  # estimate of the CPU memory to move
     blockers: tuple[Blocker, ...] = ()
-    image_bytes: int = 0  # of them, what lies in files (Blob) in the run directory of both hosts
+    image_bytes: int = 0  # of files (Blob) in the run directory
+    cpu_copies: int = 2  # how often the CPU memory is in the destination's host memory, at most
 
 
 class CpuRange(Value):
@@ -51,6 +52,14 @@ class Blob(Value):
 
     name: str
     size: int  # bytes
+
+
+class Piece(Value):
+    """*size* bytes from *offset* of the file *name*, a Blob whose size is not known yet."""
+
+    name: str
+    offset: int
+    size: int
 
 
 class CpuImage(Value):
@@ -137,6 +146,11 @@ class ProcessEngine(Protocol):
         If *visit* raises, queues that it left paused are started and the dump is given up.
         """
 
+    def pieces(self, process: ProcessRef) -> Iterator[tuple[Piece, MemoryAccess]]:
+        """Of files that are sent while they are written: once, between ``dump`` and
+        ``finish_dump``, to the end. What is not taken and closed holds the dump up.
+        """
+
     def finish_dump(self, process: ProcessRef, image: CpuImage) -> CpuImage:
         """Wait until the CPU side is written; the whole image. Raises CheckpointFailed."""
 
@@ -150,7 +164,7 @@ class ProcessEngine(Protocol):
         """Read access to a range of a frozen process."""
 
     def blob(self, process: ProcessRef, wanted: Blob) -> MemoryAccess:
-        """Read access to a file of the image."""
+        """Read access to a file of the image that did not come in pieces."""
 
     def thaw(self, process: ProcessRef) -> None:
         """Let a frozen process run. Idempotent; a process that is gone is no error."""
@@ -158,7 +172,7 @@ class ProcessEngine(Protocol):
     # ------------------------------------------------------------ destination
 
     def receive(self, migration: str, coming: Blob) -> MemoryAccess:
-        """Write access to a file that ``restore`` of this migration will read."""
+        """Write access to a file that ``restore`` of this migration will read. Repeatable."""
 
     def restore(self, image: CpuImage, migration: str, gpu_map: GpuMap) -> HeldProcess:
         """Build the process anew, without running any of its own code."""

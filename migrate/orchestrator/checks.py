@@ -229,6 +229,7 @@ def _check_objects(order: RestoreOrder) -> None:
     }
     ranges = set(order.image.ranges)
     blobs = {blob.name: blob for blob in order.image.blobs}
+    files: dict[str, list[ObjectOrder]] = {}
     _want(len(blobs) == len(order.image.blobs), "a file of the engine's twice")
     for item in order.objects:
         if item.bo is not None:
@@ -236,12 +237,15 @@ def _check_objects(order: RestoreOrder) -> None:
             _check_bo(item, bo)
         elif item.blob is not None:
             _check_blob(item, blobs)
+            files.setdefault(item.blob.name, []).append(item)
         else:
             _check_cpu(item, ranges)
     # A buffer that nothing is written to would show what its VRAM held before.
     _want(not wanted, f"no contents for {len(wanted)} buffers")
     _want(not ranges, f"no contents for {len(ranges)} ranges of CPU memory")
-    _want(not blobs, f"no contents for {len(blobs)} files of the engine's")
+    _check_pieces(files)
+    lacking = blobs.keys() - files.keys()
+    _want(not lacking, f"no contents for {len(lacking)} files of the engine's")
 
 
 def _check_bo(item: ObjectOrder, bo: BoBucket | None) -> None:
@@ -266,9 +270,22 @@ def _check_blob(item: ObjectOrder, blobs: dict[str, Blob]) -> None:
     name = f"object {item.object_id}"
     assert item.blob is not None
     _want(bool(FILE.fullmatch(item.blob.name)), f"the file name {item.blob.name[:70]!r}")
-    known = item.cpu is None and blobs.pop(item.blob.name, None) == item.blob
+    known = item.cpu is None and blobs.get(item.blob.name) == item.blob
     _want(known and item.kind is ObjectKind.BLOB, f"{name}, which is of no file")
-    _want(item.size == item.blob.size <= MAX_OBJECT_SIZE, f"{name} of {item.size} bytes")
+    _want(0 <= item.blob.size <= MAX_OBJECT_SIZE, f"a file of {item.blob.size} bytes")
+
+
+def _check_pieces(files: Mapping[str, list[ObjectOrder]]) -> None:
+    """Each file has all of its bytes, and none of them twice."""
+    for name, pieces in files.items():
+        at = 0
+        for piece in sorted(pieces, key=lambda piece: piece.offset):
+            _want(piece.offset == at, f"the file {name} with a gap or twice the same at {at}")
+            _want(piece.size > 0 or len(pieces) == 1, f"the file {name} with an empty piece")
+            at += piece.size
+        blob = pieces[0].blob
+        assert blob is not None
+        _want(at == blob.size, f"{at} bytes for the {blob.size} of the file {name}")
 
 
 def _check_manifest(objects: Collection[ObjectOrder], manifest: Mapping[int, bytes]) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from migrate import faults
 from migrate.dataplane.access import MemoryAccess
+from migrate.dataplane.memory import PartAccess
 from migrate.dataplane.staging import Staging
 from migrate.dataplane.vram import Direction, VramTally
 from migrate.engine.seam import HeldProcess, MovedBo, MovedGpu
@@ -486,7 +487,8 @@ class DestinationMigration:
         """The engine's files: placed and verified before the engine reads them."""
         for item in order.objects:
             if item.blob is not None:
-                target = self.host.engine.receive(self.id, item.blob)
+                file = self.host.engine.receive(self.id, item.blob)
+                target = PartAccess(file, item.offset, item.size)
                 try:
                     self._place(item, target)
                     self._verify(item, target, manifest)

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.messages import ObjectInfo, ObjectKind
 from migrate.dataplane.vram import VramAccess, VramTally
-from migrate.engine.seam import Blob, CpuRange
+from migrate.engine.seam import Blob, CpuRange, Piece
 from migrate.errors import SvmUnsupported
 from migrate.kfd.privdata import PrivateData, decode
 from migrate.kfd.process import Checkpointed, KfdCheckpoint
@@ -100,6 +100,11 @@ class ObjectTable:
             )
             for blob in blobs
         ]
+
+    def piece(self, piece: Piece) -> ObjectInfo:
+        """The object that a part of a file is."""
+        number = self._id(("piece", piece.name, piece.offset))
+        return ObjectInfo(id=number, kind=ObjectKind.BLOB, size=piece.size)
 
     def _id(self, key: _Key) -> int:
         return self._ids.setdefault(key, len(self._ids) + 1)

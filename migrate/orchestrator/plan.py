@@ -7,7 +7,7 @@ from migrate.engine.seam import Blob, CpuImage, CpuRange
 from migrate.kfd.process import KfdCheckpoint
 from migrate.model import GpuMap, Value
 
-PROTOCOL = 3  # raised when either proto/ or a document below changes its meaning
+PROTOCOL = 4  # raised when either proto/ or a document below changes its meaning
 CHUNK = 256 * 1024  # hash grain in bytes
 
 
@@ -67,7 +67,10 @@ class Share(Value):
 
 
 class ObjectOrder(Value):
-    """One object of the data plane and where its bytes belong."""
+    """One object of the data plane and where its bytes belong.
+
+    ``offset``: in the file ``blob``, of which it may be a part.
+    """
 
     object_id: int
     kind: ObjectKind
@@ -75,6 +78,7 @@ class ObjectOrder(Value):
     bo: BoKey | None = None
     cpu: CpuRange | None = None
     blob: Blob | None = None
+    offset: int = 0
 
 
 class Activity(Value):

@@ -52,9 +52,10 @@ def needs(
     ]
     staging = contents(checkpoints, shares) + survey.cpu_bytes
     del options  # without pre-copy the last round still waits in staging
+    others = (survey.cpu_copies - 1) * survey.cpu_bytes
     return Needs(
         processes=tuple(_kfd_needs(c, bos) for c, bos in zip(checkpoints, own, strict=True)),
-        memory=staging + survey.cpu_bytes,
+        memory=staging + others,
         quota=2 * staging + QUOTA_SLACK,
         image_bytes=survey.image_bytes,
     )
@@ -87,7 +88,8 @@ def estimated_needs(survey: Survey, usages: Sequence[ProcessUsage], bo_record_si
             )
             for usage in usages
         ),
-        memory=sum(size for usage in usages for _, size in usage.vram) + 2 * survey.cpu_bytes,
+        memory=sum(size for usage in usages for _, size in usage.vram)
+        + survey.cpu_copies * survey.cpu_bytes,
         quota=QUOTA_SLACK,
         image_bytes=survey.image_bytes,
     )

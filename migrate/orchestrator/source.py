@@ -17,7 +17,7 @@ from typing import Protocol
 from migrate import faults
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.messages import ObjectInfo
-from migrate.dataplane.source import Manifest, Progress
+from migrate.dataplane.source import Coming, Manifest, Progress
 from migrate.dataplane.stats import RoundStats
 from migrate.engine import procfs
 from migrate.engine.seam import CpuImage, Survey
@@ -35,6 +35,7 @@ from migrate.kfd.process import Checkpointed, KfdProcess
 from migrate.model import GpuMap
 from migrate.orchestrator import convergence
 from migrate.orchestrator.checking import Examination, Preflight, Stopped
+from migrate.orchestrator.coming import CpuSide
 from migrate.orchestrator.convergence import Costs, Decision, Policy
 from migrate.orchestrator.estimate import Known
 from migrate.orchestrator.figures import SourceFigures, unanswered_error
@@ -77,6 +78,7 @@ class RoundSender(Protocol):
         objects: Sequence[tuple[ObjectInfo, MemoryAccess]],
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
+        coming: Coming | None = None,
     ) -> RoundStats:
         """See Sender."""
 
@@ -397,9 +399,7 @@ class SourceMigration:
             downtime.lap("checkpoint")
             faults.point("source.checkpointed")
             self.narrator.enter("final round", Status.DEVICE)
-            image = self.host.engine.finish_dump(self.process, image)
-            order = self._final_order(image, stopped.checkpoints)
-            self._send_round(order.objects, stopped.checkpoints, frozen=True)
+            order = self._final_round(image, stopped.checkpoints)
             downtime.lap("delta")
         faults.point("source.final-round")
         self._checkpoint_cancel()
@@ -464,33 +464,40 @@ class SourceMigration:
         )
         return orders, imports
 
-    def _final_order(self, image: CpuImage, checkpoints: Sequence[Checkpointed]) -> RestoreOrder:
-        orders, imports = self._bo_orders(checkpoints)
+    def _final_round(self, image: CpuImage, stopped: Sequence[Checkpointed]) -> RestoreOrder:
+        """The last delta of the BOs, and the CPU side while the engine writes it."""
+        orders, imports = self._bo_orders(stopped)
+        engine = self.host.engine
+        cpu = CpuSide(engine, self.process, image, self._objects, self.host.vram_access)
+        try:
+            self._send_round(orders, stopped, frozen=True, cpu=cpu)
+        finally:
+            cpu.close()
         return RestoreOrder(
             gpu_map=self._map(),
-            image=image,
-            checkpoints=tuple(one.checkpoint for one in checkpoints),
+            image=cpu.image,
+            checkpoints=tuple(one.checkpoint for one in stopped),
             shares=imports,
-            objects=(
-                *orders,
-                *self._objects.ranges(image.ranges),
-                *self._objects.blobs(image.blobs),
-            ),
+            objects=(*orders, *cpu.orders),
             ran=self._ran,
             hold_source=self.options.hold_source,
         )
 
     def _send_round(
-        self, orders: Sequence[ObjectOrder], checkpoints: Sequence[Checkpointed], *, frozen: bool
+        self,
+        orders: Sequence[ObjectOrder],
+        checkpoints: Sequence[Checkpointed],
+        *,
+        frozen: bool,
+        cpu: CpuSide | None = None,
     ) -> None:
         assert self._sender is not None
         number = len(self.figures.rounds) + 1
-        total = sum(order.size for order in orders)
         started = time.monotonic()
 
         holding: Holding | None = None
 
-        def progress(done: int, _total: int) -> None:
+        def progress(done: int, total: int) -> None:
             if holding is not None:
                 holding.tick()
             if self._throttled and not frozen:
@@ -505,19 +512,16 @@ class SourceMigration:
                 predicted=self.figures.predicted,
             )
 
-        with opened(
-            *(orders, checkpoints, self.host.vram_access, self.figures.vram),
-            lambda r: self.host.engine.memory(self.process, r),
-            lambda b: self.host.engine.blob(self.process, b),
-        ) as objects:
+        vram = self.host.vram_access
+        with opened(orders, checkpoints, vram, self.figures.vram) as objects:
             self._drop_gone({info.id for info, _ in objects})
             if not frozen:
                 holding = self._holding(orders, objects, checkpoints)
-            stats: RoundStats = self._sender.send_round(objects, progress, self.cancel)
+            stats: RoundStats = self._sender.send_round(objects, progress, self.cancel, cpu)
         if holding is not None and holding.dropped:
             self._vram_short = holding.dropped
             self.narrator.say(f"no more live rounds: {holding.dropped}")
-        self.figures.sent(stats, orders, frozen=frozen)
+        self.figures.sent(stats, (*orders, *(cpu.orders if cpu else ())), frozen=frozen)
 
     def _holding(
         self,

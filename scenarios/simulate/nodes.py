@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -110,8 +110,16 @@ class SimulatedSender:
     def __init__(self, node: Node) -> None:
         self._node = node
 
-    def send_round(self, *_: object) -> RoundStats:
+    def send_round(
+        self,
+        objects: object,
+        progress: object = None,
+        cancel: object = None,
+        coming: Iterable[object] = (),
+    ) -> RoundStats:
         """See Sender."""
+        for _ in coming:
+            pass
         world = self._node.world
         world.point(self._node, "a round of memory")
         world.scheduler.sleep(world.random.uniform(0.01, 0.5))

@@ -6,7 +6,7 @@ copy is told to the judge at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -19,6 +19,7 @@ from migrate.engine.seam import (
     HeldProcess,
     MovedBo,
     MovedGpu,
+    Piece,
     Survey,
     T,
     Visitor,
@@ -218,6 +219,10 @@ class Engine:
     def dump(self, process: ProcessRef, visit: Visitor[T], ways_out: Collection[str] = ()) -> T:
         """See ProcessEngine."""
         return self._visit(process, visit, leave_paused=True)
+
+    def pieces(self, process: ProcessRef) -> Iterator[tuple[Piece, MemoryAccess]]:
+        """See ProcessEngine: there are none."""
+        return iter(())
 
     def finish_dump(self, process: ProcessRef, image: CpuImage) -> CpuImage:
         """See ProcessEngine."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import msgspec
@@ -27,16 +28,21 @@ from migrate.model import GpuMap, HostPaths
 
 def receive(engine: CriuEngine, image: CpuImage, folder: Path) -> None:
     for blob in image.blobs:
-        target = engine.receive("copy", blob)
+        target = engine.receive(name_of(folder), blob)
         target.write(0, memoryview(bytearray((folder / "blobs" / blob.name).read_bytes())))
         target.close()
 
 
-def restore(engine: CriuEngine, image: CpuImage) -> Restoration:
-    return engine.restore(image, "copy", GpuMap(pairs=()))
+def name_of(folder: Path) -> str:
+    """Of the migration, and so of a cgroup: others may run these tests at the same time."""
+    return f"copy-{zlib.crc32(bytes(folder)):08x}"
 
 
-def hiding(engine: CriuEngine, paths: HostPaths, image: CpuImage, criu: str) -> Restoration:
+def restore(engine: CriuEngine, image: CpuImage, folder: Path) -> Restoration:
+    return engine.restore(image, name_of(folder), GpuMap(pairs=()))
+
+
+def hiding(paths: HostPaths, image: CpuImage, criu: str, name: str) -> Restoration:
     """As the engine does it where a GPU of this host has to stay hidden: here it is /dev/full."""
     found = os.stat("/dev/full").st_rdev
     held = Restoration(
@@ -44,8 +50,8 @@ def hiding(engine: CriuEngine, paths: HostPaths, image: CpuImage, criu: str) -> 
         Path(paths.run) / HOOK,
         paths,
         CriuDocument.decode(image.state),
-        "copy",
-        Path(paths.run) / "criu" / "copy",
+        name,
+        Path(paths.run) / "criu" / name,
         {},
         GpuMap(pairs=()),
         [(os.major(found), os.minor(found))],
@@ -80,7 +86,10 @@ def main(folder: Path, criu: str, what: str) -> None:
     image = msgspec.msgpack.decode((folder / "image").read_bytes(), type=CpuImage)
     receive(engine, image, folder)
     try:
-        held = hiding(engine, paths, image, criu) if what == "hide" else restore(engine, image)
+        if what == "hide":
+            held = hiding(paths, image, criu, name_of(folder))
+        else:
+            held = restore(engine, image, folder)
         if what == "kill-criu":
             strike(held.criu_pid)
         held.restored([], [])
@@ -96,7 +105,7 @@ def main(folder: Path, criu: str, what: str) -> None:
     sys.stdin.readline()
     time.sleep(0.01)
     engine.kill(held.process)
-    engine.discard("copy")
+    engine.discard(name_of(folder))
     print("ended", engine.is_alive(held.process), flush=True)
 
 

@@ -24,13 +24,14 @@ import pytest
 
 from agents.hook import HEADER, build_hook
 from migrate.criu.rpc import criu_version
+from migrate.dataplane.access import MemoryAccess
 from migrate.engine import cgroup, procfs
-from migrate.engine.criu import HOOK, CriuEngine
+from migrate.engine.criu import HOOK, IMAGE_ROOM, CriuEngine
 from migrate.errors import CgroupUnusable, CheckpointFailed, CriuUnusable
 from migrate.kfd.process import KfdProcess
 from migrate.model import HostPaths, ProcessRef
-from migrate.orchestrator.preflight import DISK_RESERVE
 from migrate.preflight.findings import TCP_CLOSE
+from tests.integration.criu_copy import name_of
 
 CRIU = os.environ.get("MIGRATE_CRIU", "criu")
 INCLUDE = Path(os.environ.get("MIGRATE_CRIU_INCLUDE", "/usr/include"))
@@ -198,19 +199,32 @@ def count(kfd: Sequence[KfdProcess]) -> int:
     return len(kfd)
 
 
+def contents(access: MemoryAccess) -> bytes:
+    data = bytearray(access.size)
+    access.read(0, memoryview(data))
+    access.close()
+    return bytes(data)
+
+
 def dumped(engine: CriuEngine, job: Job, *ways_out: str) -> None:
     """The job is frozen and dumped; its image is where the copy looks for it."""
     image = engine.freeze(job.ref)
     assert engine.dump(job.ref, count, ways_out) == 0
-    image = engine.finish_dump(job.ref, image)
     blobs = job.folder / "blobs"
     blobs.mkdir(exist_ok=True)
+    streamed: dict[str, int] = {}
+    for piece, access in engine.pieces(job.ref):
+        assert piece.offset == streamed.get(piece.name, 0)
+        streamed[piece.name] = piece.offset + piece.size
+        with (blobs / piece.name).open("ab" if piece.offset else "wb") as file:
+            file.write(contents(access))
+    image = engine.finish_dump(job.ref, image)
     for blob in image.blobs:
-        access = engine.blob(job.ref, blob)
-        data = bytearray(blob.size)
-        access.read(0, memoryview(data))
-        access.close()
-        (blobs / blob.name).write_bytes(data)
+        if blob.name in streamed:
+            assert blob.size == streamed[blob.name]
+        else:
+            (blobs / blob.name).write_bytes(contents(engine.blob(job.ref, blob)))
+    assert "pages-1.img" in streamed
     (job.folder / "image").write_bytes(msgspec.msgpack.encode(image))
 
 
@@ -241,12 +255,17 @@ def line(process: subprocess.Popen[str], answer: str = "") -> str:
     return process.stdout.readline().strip()
 
 
-def test_a_tree_goes_over_and_is_held_until_released(engine: CriuEngine, job: Job) -> None:
+def test_a_tree_goes_over_and_is_held_until_released(
+    engine: CriuEngine, job: Job, tmp_path: Path
+) -> None:
     dumped(engine, job)
     assert engine.is_frozen(job.ref)
     assert job.stands()
-    size = sum(file.stat().st_size for file in (job.folder / "blobs").iterdir())
-    assert 2 * CONTENTS < size < engine.survey(job.ref.pid).image_bytes + DISK_RESERVE
+    blobs = list((job.folder / "blobs").iterdir())
+    pages = sum(file.stat().st_size for file in blobs if file.name.startswith("pages-"))
+    assert 2 * CONTENTS < pages < engine.survey(job.ref.pid).cpu_bytes + CONTENTS
+    kept = [file for file in (tmp_path / "a").rglob("images/*") if not file.is_symlink()]
+    assert sum(file.stat().st_size for file in kept) < IMAGE_ROOM
     with copy(job, "release") as process:
         assert line(process) == f"held True {job.ref.pid}"
         assert job.stands()
@@ -268,7 +287,7 @@ def test_a_device_is_hidden_from_the_copy_as_long_as_it_lives(engine: CriuEngine
         assert job.runs()
         assert job.says() == [b"none", b"none"]
         assert line(process, "go") == "ended False"
-    assert not cgroup.ours("copy").exists
+    assert not cgroup.ours(name_of(job.folder)).exists
 
 
 def can_dump_sockets() -> bool:

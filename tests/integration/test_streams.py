@@ -320,3 +320,39 @@ def test_an_epoch_that_comes_again_is_refused(rig: Rig) -> None:
 def test_undeclared_objects_are_refused(rig: Rig) -> None:
     with pytest.raises(FrameRejected, match="was not declared"):
         rig.session.staging.get(9)
+
+
+def test_objects_may_come_during_the_round_and_are_let_go_as_they_stand(rig: Rig) -> None:
+    sender, room, count = rig.sender(), threading.Semaphore(2), 9
+    contents = [os.urandom(MIB + n * 1000) for n in range(count)]
+
+    class Lent(BytesAccess):
+        """Memory of which there are two at a time."""
+
+        def close(self) -> None:
+            super().close()
+            room.release()
+
+    def coming() -> Iterator[tuple[ObjectInfo, MemoryAccess]]:
+        for number, data in enumerate(contents, start=2):
+            assert room.acquire(timeout=20), "no object was acknowledged, all wait for the next"
+            access = Lent(data)
+            yield info(number, access), access
+
+    first = memfd(MIB, os.urandom(MIB))
+    stats = sender.send_round(objects(first), None, None, coming())
+    assert stats.scanned == stats.changed == MIB + sum(map(len, contents))
+    assert place_and_verify(rig.session, sender, 1) == read_all(first)
+    for number, data in enumerate(contents, start=2):
+        assert place_and_verify(rig.session, sender, number) == data
+    assert room.acquire(timeout=0)
+
+
+def test_what_fails_to_come_fails_the_round(rig: Rig) -> None:
+    def coming() -> Iterator[tuple[ObjectInfo, MemoryAccess]]:
+        access = BytesAccess(os.urandom(MIB))
+        yield info(2, access), access
+        raise MigrationFailed("it was not written")
+
+    with pytest.raises(MigrationFailed, match="it was not written"):
+        rig.sender().send_round(objects(memfd(MIB)), None, None, coming())

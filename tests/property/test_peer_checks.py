@@ -201,7 +201,9 @@ ORDERS: list[tuple[str, object, str]] = [
     ("objects.3.blob", Blob(name="pages-1.img", size=99), "of no file"),
     ("objects.3.cpu", RANGE, "of no file"),
     ("objects.3.kind", ObjectKind.CPU, "of no file"),
-    ("objects.3.size", 99, "of 99 bytes"),
+    ("objects.3.size", 99, "99 bytes for the 100 of the file"),
+    ("objects.3.offset", 1, "with a gap or twice the same at 0"),
+    ("objects.3.offset", -1, "with a gap or twice the same at 0"),
     ("shares", (SHARE,), "of no buffer, or of two"),
     ("shares", (SHARE, SHARE), "an import twice"),
     ("shares", (share(1, 0), share(0, 1)), "an import of an import"),
@@ -372,3 +374,28 @@ def test_noise_is_no_order(noise: bytes) -> None:
 def test_a_document_that_is_nested_without_end() -> None:
     with pytest.raises(PeerNonsense, match="can't be read"):
         decoded_order(b"\x91" * 1_000_000)
+
+
+def in_pieces(*pieces: tuple[int, int]) -> RestoreOrder:
+    """The order, with its file in pieces of these offsets and sizes."""
+    parts = tuple(
+        ObjectOrder(object_id=number, kind=ObjectKind.BLOB, size=size, blob=FILE, offset=offset)
+        for number, (offset, size) in enumerate(pieces, start=4)
+    )
+    return msgspec.structs.replace(ORDER, objects=(*ORDER.objects[:3], *parts))
+
+
+def test_a_file_may_come_in_pieces() -> None:
+    manifest = {number: bytes(16) for number in range(1, 7)}
+    check(in_pieces((60, 40), (0, 10), (10, 50)), manifest)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [((0, 60), (50, 50)), ((0, 50), (60, 40)), ((0, 60), (0, 60)), ((0, 100), (100, 0))],
+    ids=["overlap", "gap", "twice", "empty"],
+)
+def test_pieces_that_are_no_file_are_refused(pieces: tuple[tuple[int, int], ...]) -> None:
+    manifest = {number: bytes(16) for number in range(1, 6)}
+    with pytest.raises(PeerNonsense, match=r"the file pages-1\.img"):
+        check(in_pieces(*pieces), manifest)

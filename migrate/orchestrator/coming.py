@@ -1,0 +1,74 @@
+"""The CPU side of a frozen process: sent while the engine still writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+from migrate.dataplane.access import MemoryAccess
+from migrate.dataplane.messages import ObjectInfo, ObjectKind
+from migrate.dataplane.vram import VramAccess
+from migrate.engine.seam import CpuImage, Piece, ProcessEngine
+from migrate.model import ProcessRef
+from migrate.orchestrator.objects import ObjectTable, opened
+from migrate.orchestrator.plan import ObjectOrder
+
+
+class CpuSide:
+    """Objects to iterate over once; then ``image`` is whole and ``orders`` has all of them.
+
+    First come the files that are sent while they are written, in pieces; then what is there
+    only once the dump is finished. The iteration raises CheckpointFailed. ``close`` at the end.
+    """
+
+    def __init__(
+        self,
+        engine: ProcessEngine,
+        process: ProcessRef,
+        image: CpuImage,
+        table: ObjectTable,
+        vram: VramAccess,
+    ) -> None:
+        self.image = image
+        self.orders: tuple[ObjectOrder, ...] = ()
+        self._engine = engine
+        self._process = process
+        self._table = table
+        self._vram = vram
+        self._open = ExitStack()
+
+    def __iter__(self) -> Iterator[tuple[ObjectInfo, MemoryAccess]]:
+        came: list[tuple[ObjectInfo, Piece]] = []
+        for piece, access in self._engine.pieces(self._process):
+            info = self._table.piece(piece)
+            came.append((info, piece))
+            yield info, access
+        self.image = self._engine.finish_dump(self._process, self.image)
+        whole = {piece.name for _, piece in came}
+        rest = (
+            *self._table.ranges(self.image.ranges),
+            *self._table.blobs([b for b in self.image.blobs if b.name not in whole]),
+        )
+        files = {blob.name: blob for blob in self.image.blobs}
+        pieces = (
+            ObjectOrder(
+                object_id=info.id,
+                kind=ObjectKind.BLOB,
+                size=info.size,
+                blob=files[piece.name],
+                offset=piece.offset,
+            )
+            for info, piece in came
+        )
+        self.orders = (*pieces, *rest)
+        yield from self._open.enter_context(
+            opened(
+                *(rest, (), self._vram, None),
+                lambda wanted: self._engine.memory(self._process, wanted),
+                lambda wanted: self._engine.blob(self._process, wanted),
+            )
+        )
+
+    def close(self) -> None:
+        """Close what is open of it. Idempotent."""
+        self._open.close()

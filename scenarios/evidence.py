@@ -52,12 +52,15 @@ def at_any_moment() -> dict[str, Any]:
     return {"ok": ok, "result": msgspec.to_builtins(found)}
 
 
+LAB = ("migrations", "visible_gpus", "eight_gpus")
+
+
 def lab() -> dict[str, Any]:
     """The migrations between virtual hosts; their reports go to the folder's ``lab``."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-m", "lab", "-p", "no:randomly"),
-            *("--timeout=3600", "tests/lab/test_migrations.py"),
+            *("--timeout=3600", *(f"tests/lab/test_{name}.py" for name in LAB)),
         ],
         stdout=subprocess.PIPE,
         text=True,

@@ -16,9 +16,10 @@ HEADER = "criu/criu-plugin.h"
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-fPIC", "-shared")
 
 
-def ensure_hook(folder: Path, *, criu: str = "criu") -> Path:
+def ensure_hook(folder: Path, *, criu: str = "criu", include: Path = Path("/usr/include")) -> Path:
     """The hook in *folder*, compiled now unless it is there for this CRIU and this source.
 
+    *include*: see ``build_hook``.
     Raises UsageError, CriuUnusable.
     """
     version = ".".join(map(str, criu_version(criu)))
@@ -26,7 +27,7 @@ def ensure_hook(folder: Path, *, criu: str = "criu") -> Path:
     stamp, target = folder / "built-for", folder / NAME
     if target.exists() and stamp.exists() and stamp.read_text() == key:
         return target
-    target = build_hook(folder)
+    target = build_hook(folder, include=include)
     stamp.write_text(key)
     return target
 

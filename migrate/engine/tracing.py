@@ -6,6 +6,7 @@ import contextlib
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -19,6 +20,7 @@ from migrate.kfd.sysfs import read_topology
 from migrate.model import HostPaths, ProcessRef
 
 HELPER_EXIT = 10.0  # seconds until a helper that was told to end is killed
+SPARE_LIFE = 60.0  # seconds that a helper waits for work: the next look is often near
 
 
 @contextlib.contextmanager
@@ -39,7 +41,7 @@ def traced(
     """
     if not procfs.is_alive(process):
         raise NoSuchProcess(f"process {process.pid} has ended")
-    with _helper(paths) as connection:
+    with _helper(paths, another=not leave_paused) as connection:
         try:
             held = [
                 KfdProcess(
@@ -69,26 +71,94 @@ def guard(paths: HostPaths) -> Callable[[int], None]:
     return partial(refuse_gpus_without_vm, paths=paths, render_minors=minors)
 
 
-@contextlib.contextmanager
-def _helper(paths: HostPaths) -> Iterator[Connection]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    with ours:
-        with theirs:
-            command = [sys.executable, "-m", "migrate.engine.tracer"]
-            command += ["--fd", str(theirs.fileno()), "--kfd", paths.kfd]
-            helper = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C at the agent's terminal is not for it
-            )
+class _Helper:
+    """A helper process and the agent's socket to it."""
+
+    def __init__(self, paths: HostPaths) -> None:
+        self.kfd = paths.kfd
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        command = [sys.executable, "-m", "migrate.engine.tracer"]
+        command += ["--fd", str(theirs.fileno()), "--kfd", paths.kfd]
         try:
-            yield Connection(ours)
-        finally:
-            ours.close()  # a helper that was not told DONE undoes and ends
-            try:
-                helper.wait(HELPER_EXIT)
-            except subprocess.TimeoutExpired:
-                helper.kill()
-                helper.wait()
+            with theirs:
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,  # Ctrl-C at the agent's terminal is not for it
+                )
+        except BaseException:
+            self.channel.close()
+            raise
+
+    def close(self) -> None:
+        """One that was not told DONE undoes; it ends in any case. Idempotent."""
+        self.channel.close()
+        try:
+            self.process.wait(HELPER_EXIT)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class _Spare:
+    """At most one helper that is ready: Python starts in much more time than a look takes.
+
+    It ends with this process, because its socket does, or after SPARE_LIFE.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._helper: _Helper | None = None
+        self._end: threading.Timer | None = None
+
+    def take(self, paths: HostPaths) -> _Helper:
+        """The one that waits, or a new one. Raises OSError."""
+        found = self._remove()
+        if found is not None:
+            if found.kfd == paths.kfd and found.process.poll() is None:
+                return found
+            found.close()
+        return _Helper(paths)
+
+    def start(self, paths: HostPaths) -> None:
+        """Have one ready for the next look, unless one is."""
+        with self._lock:
+            if self._helper is not None:
+                return
+            with contextlib.suppress(OSError):  # the next look will say why
+                self._helper = helper = _Helper(paths)
+                self._end = threading.Timer(SPARE_LIFE, self._expire, [helper])
+                self._end.daemon = True
+                self._end.start()
+
+    def _remove(self) -> _Helper | None:
+        with self._lock:
+            found, self._helper = self._helper, None
+            if self._end is not None:
+                self._end.cancel()
+                self._end = None
+            return found
+
+    def _expire(self, helper: _Helper) -> None:
+        with self._lock:
+            if self._helper is not helper:
+                return
+            self._helper = self._end = None
+        helper.close()
+
+
+_spare = _Spare()
+
+
+@contextlib.contextmanager
+def _helper(paths: HostPaths, *, another: bool) -> Iterator[Connection]:
+    """A helper for one look; *another*: one more may follow soon."""
+    helper = _spare.take(paths)
+    try:
+        yield Connection(helper.channel)
+    finally:
+        helper.close()
+    if another:
+        _spare.start(paths)

@@ -102,6 +102,29 @@ class LabCluster:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """Start the agent of a host (again), and wait until it answers."""
+        self._launch(name, settings, environment)
+        self._wait_ready(self.hosts[name])
+        self._write_inventory()
+
+    def start_agents(
+        self,
+        *,
+        settings: Mapping[str, object] | None = None,
+        environments: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        """The same for all hosts at once; *environments* by host."""
+        for name in self.hosts:
+            self._launch(name, settings, (environments or {}).get(name))
+        for host in self.hosts.values():
+            self._wait_ready(host)
+        self._write_inventory()
+
+    def _launch(
+        self,
+        name: str,
+        settings: Mapping[str, object] | None,
+        environment: Mapping[str, str] | None,
+    ) -> None:
         host = self.hosts[name]
         files = self._tls(name, Role.AGENT, hosts=[host_address(name), "127.0.0.1"])
         self._push(host, files, {**self.settings, **(settings or {})})
@@ -112,8 +135,6 @@ class LabCluster:
             f" --config {CONFIG}/agent.toml --ready-fd 9 9> {READY}'"
             f" > /dev/null 2>> {LOG} < /dev/null &"
         )
-        self._wait_ready(host)
-        self._write_inventory()
 
     def kill_agent(self, name: str, number: int = 9) -> None:
         """Send a signal to an agent and wait until it is gone."""
@@ -199,13 +220,13 @@ class LabCluster:
 
     def _wait_ready(self, host: Host) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while not host.ssh(f"cat {READY} 2>/dev/null || true").strip():
+        look = f"for i in 1 2 3 4 5 6; do [ -s {READY} ] && echo yes && break; sleep 0.5; done"
+        while not host.ssh(look):
             alive = host.ssh(f"kill -0 $(cat {PID_FILE}) 2>/dev/null && echo yes || true")
             if time.monotonic() > deadline or (host.ssh(f"ls {PID_FILE}") and not alive):
                 raise LabError(
                     f"the agent of host {host.name} does not start:\n{self.agent_log(host.name)}"
                 )
-            time.sleep(0.2)
 
     def _write_inventory(self) -> None:
         operator = self._tls("operator", Role.OPERATOR)

@@ -10,18 +10,23 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from scenarios.lab import debian
-from scenarios.lab.host import Host
-from scenarios.lab.image import SITE
+from scenarios.lab.host import Host, Running, pack
+from scenarios.lab.image import NEXT_CRIU, SITE
 from scenarios.lab.layout import PROJECT, LabError, Layout
 
 PARTS = ("migrate", "agents", "scenarios", "tests", "pyproject.toml")
 TARGET = "/opt/project"
-ENSURE_HOOK = (
-    'from pathlib import Path; from agents.hook import ensure_hook; ensure_hook(Path("hook"))'
-)
+NEXT_HOOK = "/root/hook-next"
+_ENSURE_HOOKS = f"""
+from pathlib import Path
+from agents.hook import ensure_hook
+ensure_hook(Path("hook"))
+ensure_hook(Path("hook-next"), criu="/{NEXT_CRIU}/criu", include=Path("/{NEXT_CRIU}/usr/include"))
+"""
 # The kernel itself is at fault, or our module. What amdkfd says about bad arguments is not.
 TROUBLE = re.compile(r"WARNING:|BUG:|Oops|Call Trace|general protection|hung task|blocked for more")
 
@@ -45,13 +50,26 @@ def staged(layout: Layout) -> Iterator[tuple[Path, str]]:
 
 
 def install_project(host: Host) -> None:
-    """Copy the project, as it is in the work tree, into *host*, its Python compiled."""
-    layout = host.layout
+    """Copy the project into *host*, its Python compiled, once in this process.
+
+    As it was in the work tree when this process did it for the first time.
+    """
+    running = host.running
+    if running is None or running not in _installed:
+        host.ssh(f"rm -rf {TARGET}/*")
+        host.unpack(_packed(host.layout), TARGET)
+        _installed.append(running)
+
+
+_installed: list[Running | None] = []
+
+
+@lru_cache
+def _packed(layout: Layout) -> bytes:
     with staged(layout) as (stage, inside):
         compiler = ("python3", "-m", "compileall", "-q", "-s", inside, "-p", TARGET, inside)
         debian.in_root(layout, layout.guest_root, *compiler)
-        host.ssh(f"rm -rf {TARGET}/*")
-        host.copy(".", source=stage, target=TARGET)
+        return pack(stage, ".")
 
 
 def build_for(host: Host, script: str, *results: str) -> None:
@@ -63,10 +81,13 @@ def build_for(host: Host, script: str, *results: str) -> None:
         host.copy(*results, source=stage, target="/root")
 
 
-def install_hook(host: Host) -> None:
-    """Compile the agents' hook outside of *host*, which would take a minute or more over it."""
-    build_for(host, f"python3 -c '{ENSURE_HOOK}'", "hook")
-    host.ssh("mkdir -p /run/migrate && cp -r /root/hook /run/migrate/")
+def install_hooks(host: Host) -> None:
+    """Compile the agents' hook outside of *host*, which would take a minute or more over it.
+
+    That for the newer CRIU beside the guests' own is left in NEXT_HOOK.
+    """
+    build_for(host, f"python3 -c '{_ENSURE_HOOKS}'", "hook", "hook-next")
+    host.ssh("mkdir -p /run/migrate && rm -rf /run/migrate/hook && cp -r /root/hook /run/migrate/")
 
 
 def run(host: Host, arguments: Sequence[str], report: Callable[[str], None]) -> frozenset[str]:

@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from migrate.model import Value
@@ -75,6 +76,11 @@ class Host:
 
     def start(self, spec: HostSpec) -> None:
         """Boot from a fresh disk and wait until ssh answers."""
+        self.launch(spec)
+        self.wait_ready()
+
+    def launch(self, spec: HostSpec) -> None:
+        """Switch it on, with a fresh disk: several hosts boot at once."""
         if self.running:
             raise LabError(f"host {self.name} is up", advice="Use `down` first.")
         if not 0 <= spec.gpus <= MAX_GPUS or not 16 <= spec.vram_mb <= MAX_VRAM_MB:
@@ -110,7 +116,6 @@ class Host:
             "agent_port": agent_port,
         }
         (self.folder / "state.json").write_text(json.dumps(state))
-        self._wait_ready()
 
     def _command(self, spec: HostSpec, port: int, agent_port: int) -> list[str]:
         peers = ",".join(f"{name}@10.99.0.{index}" for index, name in enumerate(FIRST_SLOT, 1))
@@ -154,7 +159,8 @@ class Host:
             *gpus,
         ]
 
-    def _wait_ready(self) -> None:
+    def wait_ready(self) -> None:
+        """Wait until a host that was switched on answers ssh."""
         deadline = time.monotonic() + BOOT_SECONDS
         while b"LAB READY" not in (self.console.read_bytes() if self.console.exists() else b""):
             if self.running is None:
@@ -173,7 +179,9 @@ class Host:
                 words += "\n".join(file.read_text(errors="replace").splitlines()[-15:])
         return words
 
-    def ssh_command(self, *words: str, terminal: bool = False) -> list[str]:
+    def ssh_command(
+        self, *words: str, terminal: bool = False, options: Sequence[str] = ()
+    ) -> list[str]:
         """The ssh command line that runs *words* (a shell line each) on this host."""
         running = self.running
         if running is None:
@@ -184,6 +192,7 @@ class Host:
             *("-o", "ConnectTimeout=60", "-o", "ControlMaster=auto", "-o", "ControlPersist=600"),
             *("-o", f"ControlPath={self.folder / 'ssh-%p'}"),
             *(["-t"] if terminal else []),
+            *options,
             *("root@127.0.0.1", *words),
         ]
 
@@ -198,14 +207,24 @@ class Host:
             )
         return result.stdout.decode(errors="replace")
 
+    def ask(self, port: int, request: bytes) -> bytes:
+        """What a server on the host's own *port* answers, by ssh; no program runs for it there.
+
+        It must answer a request that ends, and hang up.
+        """
+        command = self.ssh_command(options=("-W", f"127.0.0.1:{port}"))
+        result = subprocess.run(command, input=request, capture_output=True, check=False)
+        if result.returncode or not result.stdout:
+            raise LabError(f"host {self.name}: nobody answers at port {port}")
+        return result.stdout
+
     def copy(self, *paths: str, source: Path, target: str) -> None:
         """Copy *paths* below *source* into the host's folder *target*."""
+        self.unpack(pack(source, *paths), target)
+
+    def unpack(self, archive: bytes, target: str) -> None:
+        """Unpack what ``pack`` made into the host's folder *target*."""
         quoted = shlex.quote(target)
-        archive = subprocess.run(
-            ["tar", "-C", str(source), "-czf", "-", *paths],
-            capture_output=True,
-            check=True,
-        ).stdout
         self.ssh(f"mkdir -p {quoted} && tar -C {quoted} -xzf -", input_data=archive)
 
     def kernel_log(self) -> str:
@@ -229,6 +248,12 @@ class Host:
                 deadline += 20
             time.sleep(0.05)
         (self.folder / "state.json").unlink(missing_ok=True)
+
+
+def pack(source: Path, *paths: str) -> bytes:
+    """An archive of *paths* below *source*."""
+    command = ["tar", "-C", str(source), "-czf", "-", *paths]
+    return subprocess.run(command, capture_output=True, check=True).stdout
 
 
 def qmp(path: Path, command: str, arguments: dict[str, object]) -> None:

@@ -10,10 +10,11 @@ queues of their own. A thread sits in WAIT_EVENTS, one in accept, one reads a pi
 pipe always holds the last steps; a deleted file and a log are written at each step. With
 ``--child`` a second process does the same and tells its steps to the first one by a pipe.
 ``--gpus 0``: no GPU at all. With ``--hog`` a thread takes 90% of the first GPU's VRAM that is
-free, gives it back, and so on; that it can't have it is an error.
+free, gives it back, waits until it is free again, and so on; that it can't have it is an error.
 
-``ask`` speaks to it: ``status``, ``verify`` (all of its memory) or ``finish`` (verify, stop
-the kernels and compare their counts with the memory, then end). Answers come between steps.
+It answers who asks at its port: ``status``, ``verify`` (all of its memory) or ``finish``
+(verify, stop the kernels and compare their counts with the memory, then end). Answers come
+between steps.
 """
 
 from __future__ import annotations
@@ -171,6 +172,9 @@ class Gpus:
             p.free(buffer)
             rounds += 1
             yield rounds
+            # Who looks at a buffer while it is freed keeps its memory for a moment, no longer.
+            while p.available(gpu) < size:
+                pause(kept)
 
     def verify(self) -> None:
         """All of a buffer is what its first word is; the counters go on."""
@@ -189,6 +193,14 @@ class Gpus:
         """What the persistent kernels counted."""
         return [buffer.word(0) for buffer in self.counters]
 
+    def pointers(self) -> list[int]:
+        """Addresses of words that the GPUs write: all read pointers, and what is counted."""
+        read = [
+            self.process.pointers.address + 16 * queue.queue_id
+            for queue in (*self.work, *self.counting)
+        ]
+        return read + [buffer.address for buffer in self.counters]
+
     def stop_counters(self) -> None:
         """The kernel's own register and the memory agree: nothing was lost or repeated."""
         for counting, buffer in zip(self.counting, self.counters, strict=True):
@@ -201,6 +213,15 @@ class Gpus:
                 time.sleep(0.01)
             if buffer.word(0) != buffer.word(2):
                 raise AssertionError(f"{buffer.word(0)} counted, {buffer.word(2)} iterations")
+
+
+class Request:
+    """What somebody at the port asked."""
+
+    def __init__(self, request: str) -> None:
+        self.request = request
+        self.answer: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.sent = threading.Event()
 
 
 class Job:
@@ -216,7 +237,7 @@ class Job:
         self.child_step = -1
         self.hogged = 0
         self.error = ""
-        self.requests: queue.Queue[tuple[str, queue.Queue[dict[str, Any]]]] = queue.Queue()
+        self.requests: queue.Queue[Request] = queue.Queue()
         self.pipe = os.pipe()
         self.log = (
             os.open(options.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -234,9 +255,10 @@ class Job:
         while True:
             connection, _ = listener.accept()
             with connection, connection.makefile("rw") as stream:
-                answer: queue.Queue[dict[str, Any]] = queue.Queue()
-                self.requests.put((stream.readline().strip(), answer))
-                stream.write(json.dumps(answer.get()) + "\n")
+                request = Request(stream.readline().strip())
+                self.requests.put(request)
+                stream.write(json.dumps(request.answer.get()) + "\n")
+            request.sent.set()
 
     def hear_child(self, pipe: int, seed: int, gpus: int) -> None:
         """Read the child's steps in a thread; they must be those of its chain, one by one."""
@@ -303,20 +325,20 @@ class Job:
     def _answer(self) -> bool:
         """Answer who asked; whether that was the end."""
         try:
-            request, answer = self.requests.get_nowait()
+            asked = self.requests.get_nowait()
         except queue.Empty:
             return False
         try:
-            if self.gpus and request in {"verify", "finish"}:
+            if self.gpus and asked.request in {"verify", "finish"}:
                 self.gpus.verify()
-            if self.gpus and request == "finish":
+            if self.gpus and asked.request == "finish":
                 self.gpus.stop_counters()
         except AssertionError as error:
             self.error = str(error)
-        answer.put(self._status())
-        if request == "finish":
-            time.sleep(0.2)  # the answer is on its way
-        return request == "finish"
+        asked.answer.put(self._status())
+        if asked.request == "finish":
+            asked.sent.wait()
+        return asked.request == "finish"
 
     def _status(self) -> dict[str, Any]:
         return {
@@ -326,6 +348,7 @@ class Job:
             "seed": self.seed,
             "gpu_ids": self.gpus.ids if self.gpus else [],
             "counters": self.gpus.count() if self.gpus else [],
+            "pointers": self.gpus.pointers() if self.gpus else [],
             "child_step": self.child_step,
             "hogged": self.hogged,
             "threads": len(os.listdir("/proc/self/task")),
@@ -334,18 +357,8 @@ class Job:
         }
 
 
-def ask(port: int, request: str = "status") -> dict[str, Any]:
-    """The answer of a job of this machine, as JSON."""
-    with socket.create_connection(("127.0.0.1", port), timeout=120) as connection:
-        with connection.makefile("rw") as stream:
-            stream.write(f"{request}\n")
-            stream.flush()
-            answer: dict[str, Any] = json.loads(stream.readline())
-            return answer
-
-
 def main() -> None:
-    """The job; or with --ask, a question to one."""
+    """The job."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--seed", type=int, default=1)
@@ -355,11 +368,7 @@ def main() -> None:
     parser.add_argument("--log")
     parser.add_argument("--child", action="store_true")
     parser.add_argument("--hog", type=float, metavar="SECONDS", help="to keep 90%% of the VRAM")
-    parser.add_argument("--ask", metavar="REQUEST")
     options = parser.parse_args()
-    if options.ask:
-        print(json.dumps(ask(options.port, options.ask)))
-        return
     if options.child:
         _tree(options)
         return

@@ -17,7 +17,6 @@ from scenarios.lab import conformance
 from scenarios.lab.host import Host
 from tests.lab.gpu_job import chain
 
-PYTHON = "cd /opt/project && python3 -m"
 PATIENCE = 600.0  # seconds; the guests are emulated
 ROCR = "/root/rocr_job"
 FIRST_PID = {"a": 10000, "b": 20000}
@@ -26,7 +25,7 @@ WORD = 2**64
 
 def prepare(host: Host) -> None:
     """Make a host ready for an agent whose processes move to another host of the lab."""
-    conformance.install_hook(host)
+    conformance.install_hooks(host)
     # A copy keeps its pid, and hosts that boot alike use the same ones.
     host.ssh(f"echo {FIRST_PID[host.name]} > /proc/sys/kernel/ns_last_pid")
 
@@ -52,9 +51,8 @@ class GpuJob:
     def ask(self, request: str = "status", *, child: bool = False) -> dict[str, Any]:
         """The job's answer; its digest is checked here, and that it has met no error."""
         port = self.port + child
-        said = self.host.ssh(f"{PYTHON} tests.lab.gpu_job --port {port} --ask {request}")
-        status: dict[str, Any] = json.loads(said)
-        assert status["error"] == ""
+        status: dict[str, Any] = json.loads(self.host.ask(port, f"{request}\n".encode()))
+        assert status["error"] == "", status["error"]
         expected = next(itertools.islice(chain(status["seed"], self.gpus), status["step"], None))
         assert status["digest"] == expected, f"step {status['step']}"
         return status

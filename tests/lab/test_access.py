@@ -8,7 +8,7 @@ import pytest
 
 from scenarios.lab import conformance
 from scenarios.lab.host import Host, HostSpec
-from tests.lab.conftest import SharedHost, StartHost
+from tests.lab.conftest import SharedHost
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(3000)]
 
@@ -40,12 +40,6 @@ def test_the_suite_passes_on_mmap_and_on_sdma(
     assert host.ssh("dpkg --verify libdrm-amdgpu1").strip() == ""  # as the distribution made it
 
 
-def test_offsets_past_2_gib(start_host: StartHost) -> None:
-    host = start_host(HostSpec(name="b", gpus=1, memory_mb=768, vram_mb=4096))
-    said = access(host, "-k", "past_2_gib")
-    assert "1 passed" in said
-
-
 def test_doctor_sees_the_cards_and_both_rates(shared_host: SharedHost) -> None:
     host = shared_host(HostSpec(name="a"))
     conformance.install_project(host)
@@ -56,19 +50,3 @@ def test_doctor_sees_the_cards_and_both_rates(shared_host: SharedHost) -> None:
     assert len(sides) == 4
     assert all(status[name] in ("ok", "warn") for name in sides)
     assert status["kfd"] == status["private_data"] == "ok"
-
-
-def test_a_program_moves_with_its_vram_by_sdma_alone(
-    shared_host: SharedHost, capsys: pytest.CaptureFixture[str]
-) -> None:
-    host = shared_host(HostSpec(name="a"))
-    conformance.install_project(host)
-    said = host.ssh("cd /opt/project && python3 -m scenarios.loopback --vram-access sdma || true")
-    result = json.loads(said)
-    with capsys.disabled():
-        print(
-            f"\nloop-back by {result['vram_access']}: {result['buffers_checked']} buffers checked"
-        )
-    assert result["exit_code"] == 0, result
-    assert result["contents_right"]
-    conformance.check_kernel(host)

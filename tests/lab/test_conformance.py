@@ -6,8 +6,7 @@ import pytest
 
 from scenarios.lab import conformance
 from scenarios.lab.host import HostSpec
-from scenarios.lab.layout import LabError
-from tests.lab.conftest import SharedHost, StartHost
+from tests.lab.conftest import SharedHost
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(3000)]
 
@@ -20,11 +19,3 @@ def test_the_same_tests_pass_on_the_simulated_node_and_on_the_kernel(
     with capsys.disabled():
         print(f"\nconformance: {len(simulated)} on the simulated node, {len(real)} on the kernel")
     assert real == simulated
-
-
-def test_a_complaint_of_the_kernel_is_noticed(start_host: StartHost) -> None:
-    host = start_host(HostSpec(name="b", gpus=0, memory_mb=512))
-    conformance.check_kernel(host)
-    host.ssh("echo 'WARNING: CPU: 0 PID: 1 at nothing.c:1' > /dev/kmsg")
-    with pytest.raises(LabError, match="complains"):
-        conformance.check_kernel(host)

@@ -9,7 +9,7 @@ import pytest
 from scenarios.lab import conformance
 from scenarios.lab.host import Host, HostSpec
 from scenarios.lab.layout import LabError
-from tests.lab.conftest import StartHost
+from tests.lab.conftest import Hosts
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(1800)]
 
@@ -21,9 +21,9 @@ def gpu_ids(host: Host) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def pair(start_host: StartHost) -> tuple[Host, Host]:
-    small = {"gpus": 8, "memory_mb": 768}
-    return start_host(HostSpec(name="a", **small)), start_host(HostSpec(name="b", **small))
+def pair(hosts: Hosts) -> tuple[Host, Host]:
+    a, b = hosts.shared(HostSpec(name="a", gpus=8), HostSpec(name="b", gpus=8))
+    return a, b
 
 
 def test_eight_gpus_have_ids_of_their_own_on_each_host(pair: tuple[Host, Host]) -> None:

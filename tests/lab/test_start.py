@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from scenarios.lab import conformance
 from scenarios.lab.host import HostSpec
 from scenarios.lab.layout import LabError
 from tests.lab.conftest import StartHost
@@ -18,6 +19,14 @@ def test_a_host_starts_anew_from_a_clean_disk(start_host: StartHost) -> None:
     assert host.running is None
     host = start_host(HostSpec(name="a", gpus=0, memory_mb=512))
     assert host.ssh("ls /root").split() == []
+
+
+def test_a_complaint_of_the_kernel_is_noticed(start_host: StartHost) -> None:
+    host = start_host(HostSpec(name="b", gpus=0, memory_mb=512))
+    conformance.check_kernel(host)
+    host.ssh("echo 'WARNING: CPU: 0 PID: 1 at nothing.c:1' > /dev/kmsg")
+    with pytest.raises(LabError, match="complains"):
+        conformance.check_kernel(host)
 
 
 @pytest.mark.parametrize("wrong", [{"gpus": 9}, {"gpus": -1}, {"vram_mb": 257}, {"vram_mb": 8}])

@@ -1,0 +1,63 @@
+"""The helper that holds a process for a look is ready before the next look begins."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrate.engine import procfs
+from tests.integration.engine_rig import Host, hosts, job, pause_and_checkpoint, until
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    with hosts(tmp_path_factory.mktemp("hosts"), "a") as found:
+        yield found[0]
+
+
+def helpers() -> set[int]:
+    """Helpers that this process has started and that live."""
+    children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    found = {int(word) for file in children for word in file.read_text().split()}
+    return {pid for pid in found if b"migrate.engine.tracer" in _command(pid)}
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_the_second_look_is_by_the_helper_that_waits(host: Host, tmp_path: Path) -> None:
+    with job(host, tmp_path, "looked-at") as found:
+        process = found.running()
+
+        def look(kfd: Any) -> int:
+            return procfs.tracer(process.pid)
+
+        first = host.engine.snapshot(process, look)
+        (spare,) = helpers()
+        assert spare != first
+        assert host.engine.snapshot(process, look) == spare
+
+        # One that died meanwhile costs a start, and nothing else.
+        (spare,) = helpers()
+        os.kill(spare, signal.SIGKILL)
+        until(lambda: spare not in helpers(), "it is gone")
+        assert host.engine.snapshot(process, look) not in (0, spare)
+
+        # A look at a frozen process uses it, and makes no other while the process stands.
+        (spare,) = helpers()
+        host.engine.freeze(process)
+        host.engine.visit_frozen(process, pause_and_checkpoint)
+        assert helpers() == set()
+        host.engine.visit_frozen(process, lambda kfd: kfd[0].unpause_if_paused())
+        host.engine.thaw(process)
+        until(lambda: not procfs.all_stopped(process.pid), "it runs")
+        found.compare(found.finish())

@@ -15,6 +15,7 @@ from typing import Any
 
 from scenarios.lab import conformance
 from scenarios.lab.host import Host
+from scenarios.lab.layout import LabError
 from tests.lab.gpu_job import chain
 
 PATIENCE = 600.0  # seconds; the guests are emulated
@@ -101,13 +102,16 @@ class SharingJob:
 
     def __init__(self, host: Host, port: int) -> None:
         self.host = host
-        self._line = f"tests.lab.sharing_job --port {port}"
-        self.command = f"python3 -m {self._line}"
+        self.port = port
+        self.command = f"python3 -m tests.lab.sharing_job --port {port}"
 
     def ask(self, request: str = "status") -> dict[str, Any]:
         """The job's answer; neither process has met an error."""
-        said = self.host.ssh(f"{PYTHON} {self._line} --ask {request} || true")
-        status: dict[str, Any] = json.loads(said) if said.strip() else {"child_seen": 0, "seen": 0}
+        try:
+            said = self.host.ask(self.port, f"{request}\n".encode())
+        except LabError:  # it does not listen yet
+            return {"child_seen": 0, "seen": 0}
+        status: dict[str, Any] = json.loads(said)
         assert not status.get("error"), status
         return status
 

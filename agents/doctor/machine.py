@@ -12,15 +12,24 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from agents.doctor.finding import Finding, Patient, Status, unseen
-from agents.hook import HEADER
+from agents.hook import HEADER, NAME
+from migrate.engine import cgroup
+from migrate.engine.criu import HOOK
+from migrate.errors import CgroupUnusable
 from migrate.inventory import split_address
 from migrate.orchestrator.host import available_memory
 
-CGROUP = Path("/sys/fs/cgroup")
 CRIU_WANTED = (4, 1)
 DISK_WANTED = 1 << 30  # bytes: journal, logs, what CRIU writes and we punch behind it
 LEAST_STAGING = 1 << 30  # bytes of memory; less and hardly a job fits
-HOOK_PLACES = ("/usr/lib/migrate", "/usr/local/lib/migrate", "/var/lib/migrate/hook")
+# `criu check --feature` names, and what their lack limits.
+CRIU_FEATURES = {
+    "clone3_set_tid": "Another process may take a pid that is being restored.",
+    "pidfd_store": "CRIU may take a process that has reused a pid for the one it has seen.",
+    "cgroupns": "A process in a cgroup namespace can't be dumped.",
+    "mem_dirty_track": "The kernel can't tell which pages changed: CPU memory is sent whole while"
+    " the process stands.",
+}
 TIMEOUT = 20.0  # seconds of a program or a connection
 
 
@@ -64,15 +73,28 @@ def criu(patient: Patient) -> Iterable[Finding]:
         limits="CRIU can't dump or restore on this kernel." if check.returncode else "",
         mend="`criu check -v4` names what the kernel lacks." if check.returncode else "",
     )
+    yield _features(path)
 
 
-def hook(_: Patient) -> Iterable[Finding]:
-    """The plugin that connects CRIU to the agent."""
-    for place in HOOK_PLACES:
-        found = Path(place) / "migrate_kfd.so"
-        if found.exists():
-            yield Finding(name="hook", status=Status.OK, found=str(found))
-            return
+def _features(criu: str) -> Finding:
+    has = {name: _run(criu, "check", "--feature", name).returncode == 0 for name in CRIU_FEATURES}
+    missing = [name for name, there in has.items() if not there]
+    return Finding(
+        name="criu_features",
+        status=Status.WARN if missing else Status.OK,
+        found=", ".join(f"{name}: {'yes' if there else 'no'}" for name, there in has.items()),
+        limits=" ".join(CRIU_FEATURES[name] for name in missing),
+        mend="Use a newer kernel, or one that is built with it." if missing else "",
+        data={**has},
+    )
+
+
+def hook(patient: Patient) -> Iterable[Finding]:
+    """The plugin that connects CRIU to the agent; an agent compiles it when it starts."""
+    built = Path(patient.paths.run) / HOOK / NAME
+    if built.exists():
+        yield Finding(name="hook", status=Status.OK, found=str(built))
+        return
     headers = (Path("/usr/include") / HEADER).exists()
     compiler = shutil.which("cc") is not None
     ready = headers and compiler
@@ -82,7 +104,7 @@ def hook(_: Patient) -> Iterable[Finding]:
         found="the hook for CRIU is not built"
         + ("; it can be built here" if ready else "; CRIU's headers or a compiler are missing"),
         limits="CRIU leaves GPU state alone without it: the engine criu does not work.",
-        mend="Build it for the CRIU that is installed."
+        mend="Run `migrate agent build-hook`, or let the agent do it when it starts."
         if ready
         else "Install libcriu-dev, gcc and libc6-dev, then build it.",
         data={"headers": headers, "compiler": compiler},
@@ -91,28 +113,30 @@ def hook(_: Patient) -> Iterable[Finding]:
 
 def cgroups(patient: Patient) -> Iterable[Finding]:
     """cgroup v2 and its freezer, which holds a process in the handover."""
-    unified = (CGROUP / "cgroup.controllers").exists()
-    yield Finding(
-        name="cgroup_v2",
-        status=Status.OK if unified else _without_criu(patient),
-        found="cgroup v2 is mounted" if unified else f"{CGROUP} is not a cgroup v2 tree",
-        limits="" if unified else "The engine criu can't hold a process between two owners.",
-        mend="" if unified else "Boot with systemd.unified_cgroup_hierarchy=1.",
-    )
-    if not unified:
+    try:
+        root = cgroup.mount_point()
+    except CgroupUnusable as error:
+        yield Finding(
+            name="cgroup_v2",
+            status=_without_criu(patient),
+            found=error.message,
+            limits="The engine criu can't hold a process between two owners.",
+            mend="Boot with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 anywhere.",
+        )
         return
-    # The freezer is part of the core: every cgroup but the root one has the file.
-    group = next((p for p in CGROUP.iterdir() if p.is_dir() and not p.is_symlink()), None)
+    yield Finding(name="cgroup_v2", status=Status.OK, found=f"cgroup v2 is mounted at {root}")
+    # The freezer is part of the core: every cgroup but the root one has the files.
+    group = next((p for p in root.iterdir() if p.is_dir() and not p.is_symlink()), None)
     if group is None:
         yield unseen("freezer", "there is no cgroup below the root to look at")
         return
-    there = (group / "cgroup.freeze").exists()
+    lacks = [name for name in ("cgroup.freeze", "cgroup.kill") if not (group / name).exists()]
     yield Finding(
         name="freezer",
-        status=Status.OK if there else _without_criu(patient),
-        found=f"{group} {'has' if there else 'lacks'} cgroup.freeze",
-        limits="" if there else "A source can't be held frozen: no safe handover.",
-        mend="" if there else "Use Linux 5.2 or newer.",
+        status=_without_criu(patient) if lacks else Status.OK,
+        found=f"{group} {'lacks ' + ' and '.join(lacks) if lacks else 'can be frozen and killed'}",
+        limits="A source can't be held frozen: no safe handover." if lacks else "",
+        mend="Use Linux 5.14 or newer." if lacks else "",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,13 @@ from typing import Any
 
 import pytest
 
+from agents.doctor import machine
 from agents.doctor.examine import examine
 from agents.doctor.finding import Finding, Patient, Report, Status, perform, unseen
-from migrate.errors import HostUnfit, KfdUnavailable
+from agents.hook import NAME
+from migrate.engine import cgroup
+from migrate.engine.criu import HOOK
+from migrate.errors import CgroupUnusable, HostUnfit, KfdUnavailable
 from migrate.kfd.sysfs import read_topology
 from migrate.model import HostPaths
 from tests.conformance.hosts import simulated_host
@@ -68,6 +73,54 @@ def test_a_simulated_host_is_seen_whole() -> None:
 def test_a_peer_that_does_not_listen_is_a_failure(tmp_path: Path) -> None:
     report = examine(Patient(paths=HostPaths.under(tmp_path), peer="127.0.0.1:1"))
     assert by_name(report)["network"].status is Status.FAIL
+
+
+def test_cgroup_v2_counts_wherever_it_is_mounted(tmp_path: Path) -> None:
+    """Beside version 1 it is not at /sys/fs/cgroup, and the engine criu uses it all the same."""
+    status = by_name(examine(Patient(paths=HostPaths.under(tmp_path))))["cgroup_v2"].status
+    try:
+        cgroup.mount_point()
+    except CgroupUnusable:
+        assert status is Status.FAIL
+    else:
+        assert status is Status.OK
+
+
+def test_the_hook_is_looked_for_where_an_agent_builds_it(tmp_path: Path) -> None:
+    patient = Patient(paths=HostPaths.under(tmp_path))
+    (before,) = machine.hook(patient)
+    assert before.status is Status.WARN
+    folder = Path(patient.paths.run) / HOOK
+    folder.mkdir(parents=True)
+    (folder / NAME).touch()
+    assert by_name(examine(patient))["hook"].status is Status.OK
+
+
+CRIU = """#!/bin/sh
+case "$*" in
+--version) echo Version: 4.2 ;;
+"check --feature mem_dirty_track") exit 1 ;;
+check) echo Looks good. ;;
+esac
+"""
+
+
+def test_what_this_kernel_gives_criu_is_told_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid():
+        pytest.skip("needs root")
+    program = tmp_path / "criu"
+    program.write_text(CRIU)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = by_name(examine(Patient(paths=HostPaths.under(tmp_path))))
+    assert found["criu"].data == {"version": "4.2"}
+    assert found["criu_check"].status is Status.OK
+    assert found["criu_features"].status is Status.WARN
+    assert found["criu_features"].data["mem_dirty_track"] is False
+    assert found["criu_features"].data["clone3_set_tid"] is True
+    assert "sent whole" in found["criu_features"].limits
 
 
 def test_a_check_that_can_not_look_is_unseen(tmp_path: Path) -> None:

@@ -106,8 +106,6 @@ class Swrk:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
-                    # SIGPIPE stays ignored: pages that nobody takes fail the dump, not CRIU.
-                    restore_signals=False,
                     start_new_session=True,  # Ctrl-C at the agent's terminal is not for it
                     env={**os.environ, **environment},
                 )

@@ -7,6 +7,9 @@ memory that CRIU gives back while it reads. Needs what test_criu_engine.py needs
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,9 +17,12 @@ from pathlib import Path
 
 import pytest
 
+from migrate.engine import procfs
 from migrate.engine.criu import CriuEngine
+from migrate.engine.criu_pages import PIECE
+from migrate.errors import CheckpointFailed
 from tests.integration import test_criu_engine
-from tests.integration.test_criu_engine import CRIU, Job, ended, line
+from tests.integration.test_criu_engine import CRIU, Job, count, dumped, ended, line, wait_until
 
 pytestmark = [*test_criu_engine.pytestmark]
 engine = test_criu_engine.engine
@@ -74,3 +80,47 @@ def test_what_a_move_takes_beyond_the_process(engine: CriuEngine, tmp_path: Path
                 assert line(there, "go") == "released"
                 assert job.runs()
                 assert job.says() == [b"same"]
+
+
+def test_criu_killed_while_it_writes_pages_harms_nothing(
+    engine: CriuEngine, tmp_path: Path
+) -> None:
+    with ended(engine, Job(tmp_path, PROGRAM, str(96 << 20))) as job:
+        image = engine.freeze(job.ref)
+        engine.dump(job.ref, count)
+        coming = engine.pieces(job.ref)
+        piece, access = next(coming)
+        assert (piece.offset, piece.size) == (0, PIECE)
+        os.kill(engine.criu_pid(job.ref), signal.SIGKILL)
+        access.close()
+        with pytest.raises(CheckpointFailed):  # noqa: PT012 - the pieces end, and then it is told
+            for _, access in coming:
+                access.close()
+            engine.finish_dump(job.ref, image)
+        engine.thaw(job.ref)
+        assert job.runs()
+        assert job.says() == [b"same"]
+        dumped(engine, job)  # nothing is left in it that would be in the way
+
+
+def test_an_agent_killed_while_criu_writes_pages_harms_nothing(
+    engine: CriuEngine, tmp_path: Path
+) -> None:
+    with ended(engine, Job(tmp_path, PROGRAM, str(96 << 20))) as job:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            port = silent.getsockname()[1]
+            with half("source", str(job.ref.pid), str(port), str(tmp_path), CRIU) as here:
+                assert wait_until(lambda: writes_pages(here.pid))
+                criu = procfs.descendants(here.pid)
+                here.kill()
+                assert wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in criu))
+        assert engine.is_frozen(job.ref)
+        engine.thaw(job.ref)
+        assert job.runs()
+        assert job.says() == [b"same"]
+
+
+def writes_pages(agent: int) -> bool:
+    """Whether CRIU waits for somebody to take what it writes."""
+    waits = (Path(f"/proc/{pid}/wchan") for pid in procfs.descendants(agent))
+    return any(path.exists() and "pipe" in path.read_text() for path in waits)

@@ -65,13 +65,14 @@ class Record(Value):
     doorbells: Bo | None = None
     queue: Queue | None = None
     child_pid: int = 0
+    parent: int = 0  # pid of the writer when this process began, in a child
     step: int = 0  # packets that are done
     seen: int = 0
     at: int = 0  # bytes of the log
 
 
 class Lost(SystemExit):
-    """The handles are not of one buffer."""
+    """The handles are not of one buffer, or the processes of no tree."""
 
 
 class Sharer:
@@ -88,6 +89,8 @@ class Sharer:
         if Path(record.until).exists():
             self._end(record)
             return None
+        if record.parent and os.getppid() != self.runtime.pid_now(record.parent):
+            raise Lost("sharers: the parent is gone")
         time.sleep(PACE)
         return self._step(record)
 
@@ -247,6 +250,7 @@ def main() -> None:
             handles_wanted=options.handles,
             child=options.child,
             offer=msgspec.json.decode(options.offer, type=Offer | None),
+            parent=os.getppid() if options.offer != "null" else 0,
         )
     runtime.commit(record)
     program = Sharer(runtime, record)

@@ -56,12 +56,12 @@ class Sharers:
 
         wait_until(sees, PATIENCE, f"{value} in {log.name}")
 
-    def ends(self, *logs: Path) -> None:
-        """Tell them to end; they say that all was right."""
+    def ends(self, *logs: Path, output: str = "") -> None:
+        """Tell them to end; they say that all was right, and *output* is all they printed."""
         self._end.touch()
         for log in logs:
             wait_until(lambda log=log: self.said(log)[-1] == "ok", PATIENCE, f"the end of {log}")
-        assert self._output.read_text() == ""
+        assert self._output.read_text() == output
 
 
 def test_handles_of_one_process_on_two_gpus_are_of_one_buffer_after_a_move(

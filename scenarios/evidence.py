@@ -91,6 +91,7 @@ FIGURES: dict[str, Callable[[], dict[str, Any]]] = {
     "codecs": lambda: bench(DATAPLANE, "--only", "codecs", "--folder", BENCHMARKS),
     "downtime": lambda: bench("scenarios.bench.downtime", "--folder", BENCHMARKS),
     "cuts": lambda: bench("scenarios.bench.cuts", "--cuts", "1000", "--seed", str(SEED)),
+    "frames": lambda: bench("scenarios.bench.fuzz_frames", "--seed", str(SEED)),
 }
 
 

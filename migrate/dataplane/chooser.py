@@ -185,6 +185,7 @@ class _Subject:
         self.option = RAW
         self.interval = FIRST_INTERVAL
         self.until_sample = 0
+        self.judged: float | None = -1.0  # the link when it was last decided
 
 
 class AdaptiveChooser:
@@ -213,6 +214,8 @@ class AdaptiveChooser:
             subject = self._subjects.setdefault(info.id, _Subject())
             due = self._meter.rate is not None and subject.until_sample <= 0
             subject.until_sample = subject.interval if due else subject.until_sample - 1
+            if not due and subject.option is RAW and subject.judged == self._meter.rate:
+                return Codec.RAW, raw  # nothing is new
         if due:
             self._sample(encoder, subject, raw)
         with self._lock:
@@ -261,6 +264,7 @@ class AdaptiveChooser:
 
     def _decide(self, info: ObjectInfo, subject: _Subject, sampled: bool) -> Option:
         option = choose(subject.figures, self._meter.rate, self._threads)
+        subject.judged = self._meter.rate
         if option != subject.option:
             subject.option = option
             subject.interval = FIRST_INTERVAL

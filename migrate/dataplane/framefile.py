@@ -105,7 +105,7 @@ class FileSender:
         self._chooser = AdaptiveChooser(1, 1)
         self._book = ObjectBook()
         self._declared: set[int] = set()
-        self._origins: dict[bytes, tuple[int, int]] = {}
+        self.origins: dict[bytes, tuple[int, int]] = {}
         self.buffer = memoryview(bytearray(MAX_PAYLOAD))  # for the scan
         self.round: Round
 
@@ -126,7 +126,7 @@ class FileSender:
         sources, forget = self._book.begin(objects)
         stop = cancel or threading.Event()
         self.round = Round(sources, forget, stop, growing=coming is not None)
-        self._origins.clear()
+        self.origins.clear()
         if coming is not None:
             self._book.feed(self.round, coming)
         try:
@@ -179,13 +179,6 @@ class FileSender:
         self._channel.close()
 
     # ------------------------------------------------------------ what the scan finds
-
-    def origin(self, digest: bytes, here: tuple[int, int]) -> tuple[int, int] | None:
-        """See RunSink."""
-        found = self._origins.get(digest)
-        if found is None and len(self._origins) < 1 << 14:
-            self._origins[digest] = here
-        return found
 
     def send_zeros(self, source: SourceObject, offset: int, length: int) -> None:
         """See RunSink."""

@@ -7,15 +7,17 @@ what is hashed and what is sent, so a digest is always one of the very bytes it 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Protocol
 
 from migrate.dataplane.access import MemoryAccess
-from migrate.dataplane.chunks import DIGEST_SIZE, address_of, digest, is_zero_at
+from migrate.dataplane.chunks import DIGEST_SIZE, digest, zero_digest
 from migrate.dataplane.source import Round, SourceObject, Span, read
 from migrate.errors import MigrationFailed
 
 What = str | tuple[int, int]  # of a chunk; a tuple: the object and offset it is a duplicate of
 KEPT, ZERO, SENT = "kept", "zero", "sent"
+MAX_ORIGINS = 1 << 14  # chunks remembered to find duplicates of; some 150 bytes each
 
 
 class RunSink(Protocol):
@@ -23,18 +25,15 @@ class RunSink(Protocol):
 
     buffer: memoryview
     round: Round
+    origins: dict[bytes, tuple[int, int]]
+    """Where chunks of these digests were sent, in this round and over this connection: object
+    and offset. Safe to refer to: the destination has placed it when the next frame is read."""
 
     def send_zeros(self, source: SourceObject, offset: int, length: int) -> None:
         """Declare whole chunks zero."""
 
     def send_run(self, source: SourceObject, offset: int, raw: memoryview, digests: bytes) -> None:
         """Send whole chunks."""
-
-    def origin(self, digest: bytes, here: tuple[int, int]) -> tuple[int, int] | None:
-        """Where the same bytes were sent before: object and offset.
-
-        None if nowhere: then *here* they are about to be.
-        """
 
     def send_duplicate(
         self,
@@ -65,7 +64,6 @@ class SpanScan:
     def run(self) -> None:
         """Raises OSError and EOFError of the wire, MigrationFailed of the memory."""
         buffer = self._sink.buffer
-        address = address_of(buffer)
         for offset in range(self._span.offset, self._end, len(buffer)):
             piece = buffer[: min(len(buffer), self._end - offset)]
             try:
@@ -75,7 +73,7 @@ class SpanScan:
                     raise
                 self._done = self._end  # nothing more of it, and nothing to do again
                 break
-            self._piece(offset, piece, address)
+            self._piece(offset, piece)
         self._flush_zeros()
 
     def rest(self) -> Span | None:
@@ -89,26 +87,69 @@ class SpanScan:
             fresh_from=self._fresh_from,
         )
 
-    def _piece(self, offset: int, piece: memoryview, address: int) -> None:
+    def _piece(self, offset: int, piece: memoryview) -> None:
         """One piece, all its chunks at once: what is done for each of them alone is dear."""
         source, chunk = self._source, self._source.info.chunk
         first = offset // chunk
-        digests, zero = self._digests(piece, address, first)
+        parts = [digest(piece[at : at + chunk]) for at in range(0, len(piece), chunk)]
+        zero = self._zero(parts, len(piece))
+        digests = b"".join(parts)
         source.seen.set_run(first, digests)
         differs = source.held.differing(first, digests)
-        self._count(offset, len(piece), differs, zero)
-        for start, end, what in self._groups(offset, digests, differs, zero):
-            at, to = start * chunk, min(end * chunk, len(piece))
-            if what is ZERO:
-                self._zero(offset + at, to - at)
-            elif what is not KEPT:
-                found = digests[start * DIGEST_SIZE : end * DIGEST_SIZE]
-                self._send_run(offset + at, piece[at:to], found, what)
+        plain = True not in zero and False not in differs
+        self._count(offset, len(piece), differs, zero, plain)
+        if plain and self._all_new(offset, parts):
+            self._send_run(offset, piece, digests, SENT)
+        else:
+            self._send_groups(offset, piece, self._groups(offset, parts, differs, zero), digests)
         if self._zero_from < 0:
             self._done = offset + len(piece)
 
+    def _zero(self, parts: list[bytes], length: int) -> list[bool]:
+        """Which chunks of a piece of *length* bytes are zero: their digests tell."""
+        chunk = self._source.info.chunk
+        whole = zero_digest(chunk)
+        found = [part == whole for part in parts]
+        if length % chunk:
+            found[-1] = parts[-1] == zero_digest(length % chunk)
+        return found
+
+    def _all_new(self, offset: int, parts: list[bytes]) -> bool:
+        """Whether none of these chunks was sent before; then they are about to be."""
+        origins, info = self._sink.origins, self._source.info
+        if len(set(parts)) < len(parts) or not origins.keys().isdisjoint(parts):
+            return False
+        if len(origins) < MAX_ORIGINS:
+            places = range(offset, offset + len(parts) * info.chunk, info.chunk)
+            origins.update(zip(parts, zip(repeat(info.id), places), strict=False))
+        return True
+
+    def _origin(self, part: bytes, here: tuple[int, int]) -> tuple[int, int] | None:
+        """Where the same bytes were sent; None if nowhere: *here* they are about to be."""
+        origins = self._sink.origins
+        found = origins.get(part)
+        if found is None and len(origins) < MAX_ORIGINS:
+            origins[part] = here
+        return found
+
+    def _send_groups(
+        self,
+        offset: int,
+        piece: memoryview,
+        groups: Iterator[tuple[int, int, What]],
+        digests: bytes,
+    ) -> None:
+        chunk = self._source.info.chunk
+        for start, end, what in groups:
+            at, to = start * chunk, min(end * chunk, len(piece))
+            if what is ZERO:
+                self._add_zeros(offset + at, to - at)
+            elif what is not KEPT:
+                found = digests[start * DIGEST_SIZE : end * DIGEST_SIZE]
+                self._send_run(offset + at, piece[at:to], found, what)
+
     def _groups(
-        self, offset: int, digests: bytes, differs: list[bool], zero: list[bool]
+        self, offset: int, parts: list[bytes], differs: list[bool], zero: list[bool]
     ) -> Iterator[tuple[int, int, What]]:
         """Neighbours of which the same is to be said: first chunk, the one after, and what."""
         chunk = self._source.info.chunk
@@ -118,8 +159,7 @@ class SpanScan:
             now: What = ZERO if empty and changed else KEPT
             if changed and not empty:
                 here = (self._source.info.id, offset + index * chunk)
-                found = digests[index * DIGEST_SIZE : (index + 1) * DIGEST_SIZE]
-                now = self._sink.origin(found, here) or SENT
+                now = self._origin(parts[index], here) or SENT
             if isinstance(what, tuple):
                 joined = now == (what[0], what[1] + (index - start) * chunk)
             else:
@@ -130,25 +170,20 @@ class SpanScan:
                 start, what = index, now
         yield start, len(differs), what
 
-    def _digests(self, piece: memoryview, address: int, first: int) -> tuple[bytes, list[bool]]:
-        """The digests of a piece's chunks, and which of them are zero."""
-        chunk = self._source.info.chunk
-        found, zero = [], []
-        for index, at in enumerate(range(0, len(piece), chunk), first):
-            part = piece[at : at + chunk]
-            zero.append(is_zero_at(address + at, len(part)))
-            found.append(self._source.seen.zero_digests(index, 1) if zero[-1] else digest(part))
-        return b"".join(found), zero
-
-    def _count(self, offset: int, length: int, differs: list[bool], zero: list[bool]) -> None:
-        """Count the chunks that were not counted before a cut."""
+    def _count(
+        self, offset: int, length: int, differs: list[bool], zero: list[bool], plain: bool
+    ) -> None:
+        """Count the chunks that were not counted before a cut; *plain*: all are to be sent."""
         chunk, new = self._source.info.chunk, max(self._fresh_from - offset, 0)
         changed = zeros = 0
-        for number in range(new // chunk, len(differs)):
-            if differs[number]:
-                size = min(chunk, length - number * chunk)
-                changed += size
-                zeros += size * zero[number]
+        if plain and not new:
+            changed = length
+        else:
+            for number in range(new // chunk, len(differs)):
+                if differs[number]:
+                    size = min(chunk, length - number * chunk)
+                    changed += size
+                    zeros += size * zero[number]
         scanned = max(length - new, 0)
         self._fresh_from = max(self._fresh_from, offset + length)
         counters = self._sink.round.counters
@@ -162,7 +197,7 @@ class SpanScan:
         else:
             self._sink.send_run(self._source, offset, raw, digests)
 
-    def _zero(self, offset: int, length: int) -> None:
+    def _add_zeros(self, offset: int, length: int) -> None:
         if self._zero_to != offset:
             self._flush_zeros()
             self._zero_from = offset

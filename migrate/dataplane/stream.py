@@ -38,7 +38,6 @@ from migrate.model import Value
 
 ANSWER_TIMEOUT = 30.0  # seconds the destination may take to answer
 MAX_FRAMES_IN_FLIGHT = 1024
-MAX_ORIGINS = 1 << 14  # chunks remembered to find duplicates of; some 150 bytes each
 MIN_WINDOW = 4 << 20  # bytes; twice what the destination places between acknowledgements
 
 
@@ -92,7 +91,7 @@ class SourceStream:
         self._in_flight = 0
         self._todo: deque[Item] = deque()  # lost in a cut
         self._declared: set[int] = set()
-        self._origins: dict[bytes, tuple[int, int]] = {}  # of this round and connection
+        self.origins: dict[bytes, tuple[int, int]] = {}  # of this round and connection
         self._failing_since: float | None = None
         self.round: Round
 
@@ -102,7 +101,7 @@ class SourceStream:
         Raises MigrateError; the stream is then closed.
         """
         self.round = round_
-        self._origins.clear()
+        self.origins.clear()
         self._failing_since = None
         try:
             while not self._attempt():
@@ -179,7 +178,7 @@ class SourceStream:
         self._requeue()
         self._epoch = epoch
         self._declared.clear()
-        self._origins.clear()
+        self.origins.clear()
 
     def _make_lanes(self, channel: Channel, epoch: int, nonces: bytes) -> None:
         def key(lane: Lane) -> bytes:
@@ -362,13 +361,6 @@ class SourceStream:
         item = counted(source, offset, length)
         self._send_data(source, run, b"", item, source.held.zero_digests(first, count))
         self.round.counters.sent(Codec.ZERO, length, 0)
-
-    def origin(self, digest: bytes, here: tuple[int, int]) -> tuple[int, int] | None:
-        """See RunSink. Safe: the destination has placed it when the next frame is read."""
-        found = self._origins.get(digest)
-        if found is None and len(self._origins) < MAX_ORIGINS:
-            self._origins[digest] = here
-        return found
 
     def send_duplicate(
         self,

@@ -197,11 +197,6 @@ class Sink:
         self.sent += len(raw)
         source.held.set_run(offset // CHUNK, digests)
 
-    def origin(self, digest: bytes, here: tuple[int, int]) -> tuple[int, int] | None:
-        found = self.origins.get(digest)
-        self.origins.setdefault(digest, here)
-        return found
-
     def send_duplicate(
         self,
         source: SourceObject,

@@ -270,6 +270,19 @@ def _leads_to(fd: int, node: os.stat_result) -> bool:
             return False
 
 
+def driver_pids(paths: HostPaths) -> set[int]:
+    """Processes that are the driver itself: a simulated node is one, a kernel none."""
+    try:
+        if not stat.S_ISSOCK(os.stat(paths.kfd).st_mode):
+            return set()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(paths.kfd)
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    except OSError:
+        return set()
+    return {int.from_bytes(credentials[:4], "little")}
+
+
 def find_kfd_fds(pid: int, paths: HostPaths) -> list[int]:
     """Numbers of *pid*'s fds that are the host's /dev/kfd, ascending.
 

@@ -172,7 +172,7 @@ class Examination:
     def _needs(self, topology: Topology, checkpoints: Sequence[Checkpointed]) -> Needs:
         plain = [c.checkpoint for c in checkpoints]
         pid = self._survey.process.pid
-        for error in preflight.refused_objects(self._host, topology, pid, plain):
+        for error in preflight.refused_objects(self._host, topology, pid, checkpoints):
             self._block(error)
         try:
             self._shares = shares(checkpoints)

@@ -18,6 +18,7 @@ from migrate.errors import (
     VisibleGpus,
 )
 from migrate.kfd.checkpoint import BoBucket, KfdCheckpoint
+from migrate.kfd.process import Checkpointed
 from migrate.kfd.sysfs import ProcessUsage, busy_gpus, read_processes
 from migrate.model import GpuMap
 from migrate.orchestrator.host import Host, available_memory
@@ -96,12 +97,12 @@ def estimated_needs(survey: Survey, usages: Sequence[ProcessUsage], bo_record_si
 
 
 def refused_objects(
-    host: Host, topology: Topology, pid: int, checkpoints: Sequence[KfdCheckpoint]
+    host: Host, topology: Topology, pid: int, found: Sequence[Checkpointed]
 ) -> Iterator[MigrateError]:
     """GPU objects of the tree of *pid* that no destination could take, all of them."""
     for refuse in (
-        *(partial(_refuse_svm, checkpoint) for checkpoint in checkpoints),
-        partial(refuse_strangers, host.paths, topology, pid, checkpoints),
+        *(partial(_refuse_svm, one.checkpoint) for one in found),
+        partial(refuse_strangers, host.paths, topology, pid, found),
     ):
         try:
             refuse()

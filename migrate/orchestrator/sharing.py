@@ -24,12 +24,13 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from migrate.errors import SharedBuffer
 from migrate.kfd import uapi
 from migrate.kfd.checkpoint import KfdCheckpoint
+from migrate.kfd.file import driver_pids
 from migrate.kfd.privdata import PrivateData
 from migrate.kfd.process import Checkpointed
 from migrate.model import HostPaths, Value
@@ -37,7 +38,7 @@ from migrate.orchestrator.plan import BoKey, Share
 from migrate.topology.model import Topology
 
 # A line of /proc/PID/maps (proc(5)): addresses, rights, offset, device, inode, path.
-_MAPPED = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ +(\S+)")
+_MAPPED = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+) (\d+) +(\S+)")
 
 # Handles below an import's that nobody has, in one process and GPU: each is taken for a moment.
 MAX_FREE_HANDLES = 1 << 14
@@ -190,12 +191,22 @@ def _event_pages(process: int, checkpoint: KfdCheckpoint, private: PrivateData) 
 
 
 def refuse_strangers(
-    paths: HostPaths, topology: Topology, root: int, checkpoints: Sequence[KfdCheckpoint]
+    paths: HostPaths, topology: Topology, root: int, found: Sequence[Checkpointed]
 ) -> None:
-    """Raises SharedBuffer if a process outside the tree of *root* maps one of its buffers."""
+    """Raises SharedBuffer if a process outside the tree of *root* maps one of its buffers.
+
+    By its render node, or by a dmabuf of it. Of this process's own mappings it is not said.
+    """
     nodes = {gpu.gpu_id: f"{paths.dri}/renderD{gpu.drm_render_minor}" for gpu in topology.gpus}
-    wanted = [place for checkpoint in checkpoints for _, place in places(checkpoint)]
-    ours = _tree(root)
+    wanted = [place for one in found for _, place in places(one.checkpoint)]
+    files = {
+        _file(fd): place
+        for one in found
+        for index, place in places(one.checkpoint)
+        for fd in [one.dmabufs[index]]
+        if fd is not None
+    }
+    ours = _tree(root) | driver_pids(paths) | {os.getpid()}
     for pid in _pids():
         if pid in ours:
             continue
@@ -204,7 +215,7 @@ def refuse_strangers(
             name = Path(f"/proc/{pid}/comm").read_text().strip()
         except OSError:  # it ended, or is not ours to look at
             continue
-        place = touched(lines, nodes, wanted)
+        place = touched(lines, nodes, wanted, files)
         if place is not None:
             raise SharedBuffer(
                 f"process {pid} ({name}) has mapped a buffer of GPU {place.gpu_id:#x}"
@@ -213,15 +224,31 @@ def refuse_strangers(
             )
 
 
-def touched(maps: Iterable[str], nodes: dict[int, str], wanted: Sequence[Place]) -> Place | None:
-    """The first of the *wanted* buffers that lines of /proc/PID/maps map."""
+def _file(fd: int) -> tuple[str, int]:
+    """Device and inode of a file as /proc/PID/maps has them."""
+    status = os.fstat(fd)
+    return f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", status.st_ino
+
+
+def touched(
+    maps: Iterable[str],
+    nodes: Mapping[int, str],
+    wanted: Sequence[Place],
+    files: Mapping[tuple[str, int], Place] | None = None,
+) -> Place | None:
+    """The first of the *wanted* buffers that lines of /proc/PID/maps map.
+
+    *nodes*: render node by gpu_id. *files*: the buffers' dmabufs, by device and inode.
+    """
     for line in maps:
         found = _MAPPED.match(line)
-        if found is None or found[4] not in nodes.values():
+        if found is None:
             continue
+        if files and (found[4], int(found[5])) in files:
+            return files[found[4], int(found[5])]
         first, end, offset = (int(found[n], 16) for n in (1, 2, 3))
         for place in wanted:
-            if nodes.get(place.gpu_id) == found[4] and (
+            if nodes.get(place.gpu_id) == found[6] and (
                 place.offset < offset + end - first and offset < place.offset + place.size
             ):
                 return place

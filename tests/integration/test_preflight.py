@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import mmap
 import os
 import subprocess
 from collections.abc import Iterator
@@ -23,12 +24,17 @@ from migrate import errors
 from migrate.cli.main import run
 from migrate.errors import by_reason
 from migrate.inventory import HostEntry, Inventory, TlsFiles, load, to_toml
+from migrate.kfd import uapi
 from migrate.orchestrator.host import available_memory
 from migrate.preflight.catalogue import BLOCKERS
 from migrate.preflight.notes import NOTES
 from migrate.rpc.ca import Role, create_ca, issue
 from scenarios.cluster import LOOPBACK, AgentSetup, Cluster, SimulatedHost, wait_until
 from scenarios.ports import free_port
+from tests.conformance import image as raw
+from tests.conformance.image import Buffers
+from tests.conformance.kit import VRAM
+from tests.conformance.tracer import held
 from tests.integration import wires
 from tests.integration.jobs import Job, Outcome, migrate, start_job
 from tests.integration.lookers import states
@@ -204,6 +210,26 @@ def test_an_event_page_that_two_processes_have(field: Field) -> None:
     program = troubled(field.cluster, "shared")
     assert field.refuses("SHARED_BUFFER", pid=program.pid) == ["SHARED_BUFFER"]
     program.kill()
+
+
+def test_a_buffer_that_a_stranger_has_mapped(field: Field) -> None:
+    """The stranger is this process; it is named, and the job moves when it has let go."""
+    with held(field.job.pid, field.cluster.hosts["a"].paths) as file:
+        counts = raw.process_info(file)
+        try:
+            found = Buffers(counts)
+            raw.criu(file, uapi.KFD_CRIU_OP_CHECKPOINT, **found.fields)
+        finally:
+            raw.unpause(file)
+    bucket = next(b for b in found.bos if b.alloc_flags & VRAM)
+    with mmap.mmap(bucket.dmabuf_fd, bucket.size):
+        found.close()
+        assert field.refuses("SHARED_BUFFER") == ["SHARED_BUFFER"]
+        names = ("a", "b", str(field.job.pid))
+        (blocker,) = said(field.cluster, "check", *names).document["blockers"]
+        assert f"process {os.getpid()} (" in blocker["message"]
+        assert f"{bucket.size} bytes" in blocker["message"]
+    assert said(field.cluster, "check", *names).document["blockers"] == []
 
 
 @provokes("GPU_WITHOUT_VM")

@@ -148,3 +148,11 @@ def test_a_checkpoint_without_some_of_its_bos() -> None:
 def test_a_mapping_of_another_process(line: str, hit: bool) -> None:
     place = Place(gpu_id=11, offset=0x5000, size=0x2000)
     assert touched([line], NODES, [place]) == (place if hit else None)
+
+
+def test_a_mapping_of_a_dmabuf() -> None:
+    place = Place(gpu_id=11, offset=0x5000, size=0x2000)
+    line = "7f0000000000-7f0000002000 rw-s 00000000 00:0c 99   /dmabuf:drm"
+    assert touched([line], NODES, [], {("00:0c", 99): place}) == place
+    assert touched([line], NODES, [place], {("00:0c", 98): place}) is None
+    assert touched([line], NODES, [place], {("00:0d", 99): place}) is None

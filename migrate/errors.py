@@ -454,8 +454,8 @@ class FileMissing(MigrateError):
     reason = "FILE_MISSING"
     exit_code = 57
     advice = (
-        "Bring the file there under the same path: by the same packages, a copy, or a shared "
-        "file system."
+        "Bring the file there under the same path: by the same packages, a shared file system, or "
+        "with the process (--copy-file, engine criu)."
     )
 
 
@@ -464,7 +464,10 @@ class FileDiffers(MigrateError):
 
     reason = "FILE_DIFFERS"
     exit_code = 58
-    advice = "Make both alike: by the same packages, a copy, or a shared file system."
+    advice = (
+        "Make both alike: by the same packages, a shared file system, or let the process's own "
+        "replace it (--copy-file, engine criu)."
+    )
 
 
 class CpuFeatures(MigrateError):
@@ -499,10 +502,7 @@ class PidInUse(MigrateError):
 
     reason = "PID_IN_USE"
     exit_code = 62
-    advice = (
-        "Wait until the process there has ended, choose another destination, or run jobs in pid "
-        "namespaces of their own."
-    )
+    advice = "Wait until the process there has ended, or choose another destination."
 
 
 class DataPortUnreachable(MigrateError):

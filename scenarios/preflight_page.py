@@ -42,7 +42,14 @@ CPU features do not matter, and other libraries are a warning.
 
 Two files are taken for the same if they have the same build id, or the same size and the same
 bytes in 16 samples of 16 KiB. A file that the process has open for writing must be on a file
-system that both hosts share.
+system that both hosts share, or go with it.
+
+`--copy-file GLOB` (engine `criu`, may be given several times) sends the process's open and mapped
+files whose path matches, while it stands; a `*` also stands for slashes. A file of the
+destination that is another one is replaced, the same one is left alone. Until the copy is
+released the old one is kept beside it (`.NAME.MIGRATION.old`) and put back if the migration comes
+to nothing; from then on the file is the process's. Its folder must be there. The file keeps mode,
+owner and time of change.
 """
 
 

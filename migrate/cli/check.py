@@ -36,6 +36,14 @@ from migrate.report import Check, Prediction
     help="Open TCP connections are no obstacle: the copy finds them closed, and so do those at"
     " the other end. Only with the engine criu.",
 )
+@click.option(
+    "--copy-file",
+    "copy_files",
+    multiple=True,
+    metavar="GLOB",
+    help="Send files of the process whose path matches (a * also stands for slashes) where the"
+    " destination has none or another one, which is replaced. Only with the engine criu.",
+)
 @click.option("--relax", multiple=True, metavar="RULE", help="Leave out one topology rule.")
 @click.pass_obj
 def check_command(
@@ -49,6 +57,7 @@ def check_command(
     gpu_map: str,
     relax: tuple[str, ...],
     tcp_close: bool,
+    copy_files: tuple[str, ...],
 ) -> int:
     """Say whether process PID can move from SRC to DST, without moving it.
 
@@ -63,6 +72,7 @@ def check_command(
         gpu_map=gpu_map,
         relax=relax,
         ways_out=(TCP_CLOSE,) if tcp_close else (),
+        copy_files=copy_files,
     )
     with Client(settings.inventory) as client:
         return show(settings.output, client.check(source, destination, pid, options=options))

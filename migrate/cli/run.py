@@ -87,6 +87,14 @@ SCHEMA_STARTED = "migrate.started/1"
     help="Open TCP connections are no obstacle: the copy finds them closed, and so do those at"
     " the other end. Only with the engine criu.",
 )
+@click.option(
+    "--copy-file",
+    "copy_files",
+    multiple=True,
+    metavar="GLOB",
+    help="Send files of the process whose path matches (a * also stands for slashes) where the"
+    " destination has none or another one, which is replaced. Only with the engine criu.",
+)
 @click.option("--relax", multiple=True, metavar="RULE", help="Leave out one topology rule.")
 @click.option("--dry-run", is_flag=True, help="Only check and predict, as `migrate check` does.")
 @click.option(
@@ -120,6 +128,7 @@ def run_command(
     gpu_map: str,
     relax: tuple[str, ...],
     tcp_close: bool,
+    copy_files: tuple[str, ...],
     dry_run: bool,
     wait: bool,
     idempotency_key: str,
@@ -143,6 +152,7 @@ def run_command(
         gpu_map=gpu_map,
         relax=relax,
         ways_out=(TCP_CLOSE,) if tcp_close else (),
+        copy_files=copy_files,
     )
     inventory, output = settings.inventory, settings.output
     if dry_run:

@@ -18,6 +18,7 @@ from migrate.criu.rpc import GHOST_LIMIT
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import ProcessMemoryAccess
 from migrate.engine import cgroup, control, criu_tree, procfs
+from migrate.engine.copied import Places
 from migrate.engine.criu_document import CriuDocument
 from migrate.engine.criu_dump import Dump, kfd_processes
 from migrate.engine.criu_images import Images
@@ -35,9 +36,12 @@ from migrate.errors import (
 )
 from migrate.kfd.sysfs import read_topology
 from migrate.model import GpuMap, HostPaths, ProcessRef
+from migrate.preflight import files
 from migrate.preflight.collect import whole_tree
+from migrate.preflight.descriptors import descriptors
 from migrate.preflight.facts import Facts
-from migrate.preflight.findings import TCP_CLOSE
+from migrate.preflight.findings import TCP_CLOSE, WAYS_OUT
+from migrate.preflight.mappings import mappings
 from migrate.topology.devices import can_hide, hidden_nodes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -51,7 +55,7 @@ class CriuEngine:
     """``ProcessEngine`` of one host. What counts is in cgroups and the run directory."""
 
     name = "criu"
-    ways_out: frozenset[str] = frozenset({TCP_CLOSE})
+    ways_out: frozenset[str] = frozenset(WAYS_OUT)
 
     def __init__(self, paths: HostPaths, *, criu: str = "criu") -> None:
         self._paths = paths
@@ -109,7 +113,13 @@ class CriuEngine:
         self._trees.gather(process)
         return CpuImage(engine=self.name, state=b"", ranges=())
 
-    def dump(self, process: ProcessRef, visit: Visitor[T], ways_out: Collection[str] = ()) -> T:
+    def dump(
+        self,
+        process: ProcessRef,
+        visit: Visitor[T],
+        ways_out: Collection[str] = (),
+        copy_files: tuple[str, ...] = (),
+    ) -> T:
         """See ProcessEngine."""
         group = self._trees.group(process)
         if group is None or not group.is_frozen:
@@ -123,10 +133,19 @@ class CriuEngine:
             group,
             folder,
             tcp_close=TCP_CLOSE in ways_out,
+            copy_files=self._opened(process, copy_files),
         )
         with self._lock:
             self._dumps[process] = dump
         return dump.visit(visit)
+
+    def _opened(self, process: ProcessRef, globs: tuple[str, ...]) -> list[str]:
+        """The regular files that it has open or mapped, of those that the user wants copied."""
+        if not globs:
+            return []
+        pids = criu_tree.tree(process.pid)
+        found = files.of_tree(pids, descriptors(pids, self._paths), mappings(pids, self._paths))
+        return [fact.path for fact in found if fact.copied_by(globs)]
 
     def pieces(self, process: ProcessRef) -> Iterator[tuple[Piece, MemoryAccess]]:
         """See ProcessEngine. Raises CheckpointFailed."""
@@ -156,12 +175,15 @@ class CriuEngine:
 
     def blob(self, process: ProcessRef, wanted: Blob) -> MemoryAccess:
         """See ProcessEngine."""
-        return ImageFile.at(self._dump_of(process).images / _checked(wanted.name), wanted.size)
+        return ImageFile.at(self._dump_of(process).file_of(_checked(wanted.name)), wanted.size)
 
     def thaw(self, process: ProcessRef) -> None:
         """See ProcessEngine. Also releases a held process at the destination."""
         self._end_dump(process)
         if procfs.is_alive(process):
+            migration = self._trees.restored_by(process)
+            if migration is not None:
+                self._places(migration).keep()
             self._trees.release(process)
         else:
             self._trees.end(process)
@@ -200,6 +222,7 @@ class CriuEngine:
         if image.engine != self.name:
             raise EngineUnsupported(f"the image is one of the engine {image.engine}")
         document = CriuDocument.decode(image.state)
+        self._put(document, migration)
         minors: dict[int, int] = {}
         hidden: tuple[tuple[int, int], ...] = ()
         if document.kfd:
@@ -216,7 +239,7 @@ class CriuEngine:
             minors,
             gpu_map,
             hidden,
-            lambda: self.discard(migration),
+            lambda: self._drop_images(migration),
         )
         try:
             held.await_tasks()
@@ -225,8 +248,25 @@ class CriuEngine:
             raise
         return held
 
+    def _put(self, document: CriuDocument, migration: str) -> None:
+        """The files that came with the process. Raises RestoreFailed, FrameRejected."""
+        places = self._places(migration)
+        for file in document.copied:
+            contents = self.receive(migration, Blob(name=file.blob, size=file.size))
+            try:
+                places.put(file, contents)
+            finally:
+                contents.close()
+
+    def _places(self, migration: str) -> Places:
+        return Places(migration, self._folder(migration) / "copied.json")
+
     def discard(self, migration: str) -> None:
-        """See ProcessEngine. CRIU's logs stay."""
+        """See ProcessEngine. CRIU's logs stay; files that came with the process go."""
+        self._places(migration).undo()
+        self._drop_images(migration)
+
+    def _drop_images(self, migration: str) -> None:
         with self._lock:
             images = self._received.pop(migration, None)
         if images is not None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 import msgspec
 
+from migrate.engine import copied
+from migrate.engine.copied import CopiedFile
 from migrate.errors import EngineUnsupported, FrameRejected
 from migrate.model import Value
 
@@ -33,6 +35,7 @@ class CriuDocument(Value):
     ``root``: pid of the tree's root. ``kfd``: pids of its KFD processes, in the order of
     the checkpoints. ``render_nodes``: the source's render minors by actual gpu_id.
     ``tcp_close``: its TCP connections are to be closed ones; CRIU wants to be told again.
+    ``copied``: files of its that are sent, too.
     """
 
     root: int
@@ -41,6 +44,7 @@ class CriuDocument(Value):
     render_nodes: dict[int, int]
     criu: tuple[int, int, int]
     tcp_close: bool = False
+    copied: tuple[CopiedFile, ...] = ()
 
     def encode(self) -> bytes:
         """MessagePack."""
@@ -54,11 +58,14 @@ class CriuDocument(Value):
         except msgspec.DecodeError as error:
             raise EngineUnsupported(f"the image of criu can't be read: {error}") from error
         for what, values in (
-            ("KFD process", found.kfd),
+            ("KFD process", list(found.kfd)),
             ("file", [file.id for file in found.files]),
+            ("copied file", [file.path for file in found.copied]),
         ):
             if len(set(values)) != len(values):
                 raise FrameRejected(f"the image of criu lists a {what} twice")
+        for file in found.copied:
+            copied.check(file)
         if found.root < 1 or any(pid < 1 for pid in found.kfd):
             raise FrameRejected("the image of criu lists a pid that is none")
         return found

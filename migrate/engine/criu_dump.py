@@ -15,13 +15,14 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from migrate.criu.rpc import CriuOptions, Notification, RequestType, Swrk, criu_version, last_errors
-from migrate.engine import criu_tree
+from migrate.engine import copied, criu_tree
 from migrate.engine.cgroup import Cgroup
+from migrate.engine.copied import CopiedFile
 from migrate.engine.criu_document import (
     DRM_MAJOR,
     KFD,
@@ -59,12 +60,14 @@ class Dump:
         folder: Path,
         *,
         tcp_close: bool = False,
+        copy_files: Sequence[str] = (),
     ) -> None:
         """Start it; CRIU is at work when this returns. Raises CriuUnusable, OSError."""
         self.process = process
         self.images = folder / "images"
         self._work = folder
         self._tcp_close = tcp_close
+        self._copied = copied_files(copy_files)
         self._paths = paths
         self._group = group
         self._kfd = kfd_processes(process.pid, paths)
@@ -138,13 +141,20 @@ class Dump:
             render_nodes=self._render_nodes,
             criu=self._version,
             tcp_close=self._tcp_close,
+            copied=self._copied,
         )
         sizes = self._pages.settle()
         for path in self.images.iterdir():
             if not path.is_symlink():
                 sizes[path.name] = path.stat().st_size
+        sizes.update((file.blob, file.size) for file in self._copied)
         blobs = tuple(Blob(name=name, size=size) for name, size in sorted(sizes.items()))
         return CpuImage(engine=image.engine, state=document.encode(), ranges=(), blobs=blobs)
+
+    def file_of(self, blob: str) -> Path:
+        """Where the bytes of a file of the image are."""
+        copied = (Path(file.path) for file in self._copied if file.blob == blob)
+        return next(copied, self.images / blob)
 
     def give_up(self) -> None:
         """End CRIU, which lets go of the tasks into the frozen group. Idempotent."""
@@ -249,6 +259,15 @@ class Dump:
         if os.major(rdev) != DRM_MAJOR:
             return None
         return minor_to_gpu(self._render_nodes).get(os.minor(rdev))
+
+
+def copied_files(paths: Sequence[str]) -> tuple[CopiedFile, ...]:
+    """Regular files of a process that stands. Raises CheckpointFailed for one that is gone."""
+    try:
+        found = [copied.describe(path, f"copied-{n}") for n, path in enumerate(paths)]
+    except OSError as error:
+        raise CheckpointFailed(f"{error.filename} can't be copied: {error.strerror}") from error
+    return tuple(file for file in found if file is not None)
 
 
 def kfd_processes(root: int, paths: HostPaths) -> list[int]:

@@ -78,6 +78,13 @@ class Trees:
                 Cgroup(Path(home)).add([pid])
         self.forget(root)
 
+    def restored_by(self, root: ProcessRef) -> str | None:
+        """The migration that brought the tree here; None if none did."""
+        record = self.record(root)
+        if record is None or "/" not in record.group:
+            return None
+        return record.group.partition("/")[0]
+
     def end(self, root: ProcessRef) -> None:
         """Kill the tree and wait until it is gone. Idempotent."""
         record = self.record(root)

@@ -168,7 +168,13 @@ class ReexecEngine:
             )
         )
 
-    def dump(self, process: ProcessRef, visit: Visitor[T], ways_out: Collection[str] = ()) -> T:
+    def dump(
+        self,
+        process: ProcessRef,
+        visit: Visitor[T],
+        ways_out: Collection[str] = (),
+        copy_files: tuple[str, ...] = (),
+    ) -> T:
         """See ProcessEngine: the image is whole since the freeze."""
         return self.visit_frozen(process, visit)
 

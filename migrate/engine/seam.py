@@ -138,10 +138,17 @@ class ProcessEngine(Protocol):
         What is not known yet of the image comes by ``dump`` and ``finish_dump``.
         """
 
-    def dump(self, process: ProcessRef, visit: Visitor[T], ways_out: Collection[str] = ()) -> T:
+    def dump(
+        self,
+        process: ProcessRef,
+        visit: Visitor[T],
+        ways_out: Collection[str] = (),
+        copy_files: tuple[str, ...] = (),
+    ) -> T:
         """Begin to write the CPU side of a frozen process; *visit* is called first.
 
         ``ways_out``: those of the engine's that the user chose; the image says them on.
+        ``copy_files``: globs of open and mapped files that are to be sent, too.
         *visit* may leave queues paused. Returns when it has; the rest goes on by itself.
         If *visit* raises, queues that it left paused are started and the dump is given up.
         """

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
 
+import msgspec
+
 from migrate.engine.seam import Survey
 from migrate.errors import (
     ConnectedSockets,
@@ -122,7 +124,7 @@ class Examination:
             if stopped is not None:
                 looked(stopped)
             checkpoints = stopped.checkpoints if stopped is not None else ()
-            needs = self._needs(topology, checkpoints)
+            needs = self._with_copies(self._needs(topology, checkpoints), facts)
             self._own_room()
             examined = self._examine(needs, topology, facts)
             sample = self._sample(examined, checkpoints, patience)
@@ -188,6 +190,12 @@ class Examination:
         usages = [read_process(self._host.paths, pid) for pid in self._survey.kfd_processes]
         return preflight.estimated_needs(self._survey, [u for u in usages if u is not None], record)
 
+    def _with_copies(self, needs: Needs, facts: Facts) -> Needs:
+        """The files that may be sent with the process wait in the destination's memory, too."""
+        globs = self._options.copy_files
+        size = sum(fact.size for fact in facts.files if fact.copied_by(globs))
+        return msgspec.structs.replace(needs, memory=needs.memory + size, quota=needs.quota + size)
+
     def _own_room(self) -> None:
         for error in preflight.cramped(self._host, self._survey.image_bytes):
             self._block(error)
@@ -196,7 +204,7 @@ class Examination:
         if connections:
             text = f"--hold-source, and there are connections: {'; '.join(connections)}"
             self._block(ConnectedSockets(text))
-        for way in self._options.ways_out:
+        for way in sorted(self._options.ways()):
             if way not in self._host.engine.ways_out:
                 self._block(
                     EngineUnsupported(
@@ -302,4 +310,4 @@ class Examination:
 
     def _lifted(self, blocker: Finding) -> bool:
         """Whether the user chose a way out of it that the engine has."""
-        return bool(set(blocker.unless) & set(self._options.ways_out) & self._host.engine.ways_out)
+        return bool(set(blocker.unless) & self._options.ways() & self._host.engine.ways_out)

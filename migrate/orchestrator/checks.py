@@ -92,6 +92,8 @@ def check_options(options: Options) -> None:
         (len(options.gpu_map) <= MAX_TEXT, "gpu_map, too long"),
         (len(options.relax) <= MAX_DEVICES, "relax, too many"),
         (all(len(rule) <= MAX_DEVICES for rule in options.relax), "relax, no rule"),
+        (len(options.copy_files) <= MAX_DEVICES, "copy_files, too many"),
+        (all(glob[:1] in "/*" and len(glob) <= MAX_TEXT for glob in options.copy_files), "a glob"),
     ):
         if not holds:
             raise UsageError(f"an option is out of range: {what}")

@@ -6,6 +6,7 @@ from migrate.dataplane.messages import ObjectKind
 from migrate.engine.seam import Blob, CpuImage, CpuRange
 from migrate.kfd.process import KfdCheckpoint
 from migrate.model import GpuMap, Value
+from migrate.preflight.findings import COPY_FILE
 
 PROTOCOL = 4  # raised when either proto/ or a document below changes its meaning
 CHUNK = 256 * 1024  # hash grain in bytes
@@ -26,7 +27,12 @@ class Options(Value):
     relax: tuple[str, ...] = ()
     hold_source: bool = False  # keep the frozen source until the copy was seen alive
     ways_out: tuple[str, ...] = ()  # of blockers: see migrate.preflight.findings
+    copy_files: tuple[str, ...] = ()  # globs of files to send where the destination's differ
     patience: float = 60.0  # seconds that streams may be cut, or a grant unanswered unreported
+
+    def ways(self) -> frozenset[str]:
+        """All ways out of blockers that were chosen."""
+        return frozenset(self.ways_out) | (frozenset({COPY_FILE}) if self.copy_files else set())
 
 
 class KfdNeeds(Value):

@@ -171,7 +171,8 @@ def examine(
     except MigrateError as error:
         found.append(Finding.of(error))
     findings = Findings(blockers=tuple(found), warnings=tuple(_tight(host, wanted)))
-    return findings + compare(facts, look(facts), host.name), gpu_map
+    globs = options.copy_files
+    return findings + compare(facts, look(facts, globs), host.name, globs), gpu_map
 
 
 def _tight(host: Host, wanted: Needs) -> Iterator[Finding]:

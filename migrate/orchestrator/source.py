@@ -390,8 +390,8 @@ class SourceMigration:
 
         self.narrator.enter("checkpoint", Status.DEVICE)
         note_pausing(self.host.journal, self.id)
-        ways_out = self.options.ways_out
-        with _Stopped(self.host.engine.dump(self.process, _checkpoint_frozen, ways_out)) as stopped:
+        chosen = self.options.ways_out, self.options.copy_files
+        with _Stopped(self.host.engine.dump(self.process, _checkpoint_frozen, *chosen)) as stopped:
             self.figures.pending_packets = pending_packets(stopped.checkpoints)
             if self._first_look is not None:
                 last = take_look(self.process, stopped.checkpoints, self.host.clock)

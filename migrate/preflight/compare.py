@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from migrate.errors import (
     CpuFeatures,
     FileDiffers,
     FileMissing,
+    InsufficientDisk,
     LsmLabel,
     MigrateError,
     PidInUse,
@@ -20,7 +22,7 @@ from migrate.preflight import files
 from migrate.preflight.collect import group, user
 from migrate.preflight.cpu import read_cpu
 from migrate.preflight.facts import Account, Cpu, Facts, FileFact
-from migrate.preflight.findings import PIDNS, Finding, Findings
+from migrate.preflight.findings import COPY_FILE, Finding, Findings
 from migrate.preflight.notes import CGROUP_PATH, FILE_OTHER
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -41,10 +43,14 @@ class Here(Value):
     labels: tuple[str, ...] = ()  # of the labels, those that can be given here
     cgroups: tuple[str, ...] = ()  # of the cgroups, those that exist
     cpu: Cpu | None = None
+    room: dict[str, int] = {}  # noqa: RUF012 - free bytes for a file that may be copied here
 
 
-def look(facts: Facts) -> Here:
-    """What this host has of what *facts* names. Reads, changes nothing."""
+def look(facts: Facts, copy_files: tuple[str, ...] = ()) -> Here:
+    """What this host has of what *facts* names. Reads, changes nothing.
+
+    *copy_files*: globs of files that may be sent here with the process.
+    """
     return Here(
         files=tuple(files.here(facts.files)),
         alike=tuple(files.here(facts.alike)),
@@ -55,7 +61,16 @@ def look(facts: Facts) -> Here:
         labels=tuple(label for label in facts.labels if _can_label(label)),
         cgroups=tuple(path for path in facts.cgroups if (CGROUPS / path.lstrip("/")).is_dir()),
         cpu=read_cpu() if facts.cpu is not None else None,
+        room=dict(_rooms(facts, copy_files)),
     )
+
+
+def _rooms(facts: Facts, copy_files: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    for fact in facts.files:
+        if fact.copied_by(copy_files):
+            with contextlib.suppress(OSError):
+                left = os.statvfs(os.path.dirname(fact.path))
+                yield fact.path, left.f_bavail * left.f_frsize
 
 
 def _can_label(label: str) -> bool:
@@ -71,11 +86,11 @@ def _can_label(label: str) -> bool:
     return any(line.rpartition(" (")[0] == profile for line in loaded.splitlines())
 
 
-def compare(facts: Facts, here: Here, host: str) -> Findings:
-    """What speaks against *host*, all of it. Pure."""
+def compare(facts: Facts, here: Here, host: str, copy_files: tuple[str, ...] = ()) -> Findings:
+    """What speaks against *host*, all of it. Pure. *copy_files* as in ``look``."""
     return Findings(
         blockers=(
-            *_files(facts, here, host),
+            *_files(facts, here, host, copy_files),
             *_ids(facts, here, host),
             *_runs_as(facts, here, host),
             *_accounts("user", facts.users, here.users, host),
@@ -98,12 +113,28 @@ def compare(facts: Facts, here: Here, host: str) -> Findings:
     )
 
 
-def _files(facts: Facts, here: Here, host: str) -> Iterator[Finding]:
+def _files(facts: Facts, here: Here, host: str, copy_files: tuple[str, ...]) -> Iterator[Finding]:
     found = {fact.path: fact for fact in here.files}
     for wanted in facts.files:
-        error = _difference(wanted, found.get(wanted.path), host)
-        if error is not None:
+        there = found.get(wanted.path)
+        error = _difference(wanted, there, host)
+        if error is None:
+            continue
+        if not wanted.copied_by(copy_files) or (there is not None and there.folder):
             yield Finding.of(error)
+            continue
+        yield Finding.of(error, COPY_FILE)
+        room = here.room.get(wanted.path)
+        if room is None:
+            folder = os.path.dirname(wanted.path)
+            yield Finding.of(FileMissing(f"{host} has no folder {folder} for {wanted.path}"))
+        elif room < wanted.size:
+            yield Finding.of(
+                InsufficientDisk(
+                    f"{host} has {room} bytes left for {wanted.path}, {wanted.size} are needed",
+                    advice="Free space on the file system that the file is copied to.",
+                )
+            )
 
 
 def _difference(wanted: FileFact, there: FileFact | None, host: str) -> MigrateError | None:
@@ -148,7 +179,7 @@ def _ids(facts: Facts, here: Here, host: str) -> Iterator[Finding]:
     if here.taken:
         first = ", ".join(map(str, here.taken[:5])) + (", ..." if len(here.taken) > 5 else "")
         what = f"{len(here.taken)} of {len(facts.ids)} pids and thread ids are taken on {host}"
-        yield Finding.of(PidInUse(f"{what}: {first}"), PIDNS)
+        yield Finding.of(PidInUse(f"{what}: {first}"))
 
 
 def _accounts(

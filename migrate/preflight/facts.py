@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 from migrate.model import Value
 from migrate.preflight.findings import Findings
 
@@ -23,6 +25,10 @@ class FileFact(Value):
     folder: bool = False
     contents: bool = True
     written: bool = False  # open for writing, or mapped shared and writable
+
+    def copied_by(self, globs: tuple[str, ...]) -> bool:
+        """Whether a user wants it sent with the process. A ``*`` stands for slashes, too."""
+        return not self.folder and any(fnmatchcase(self.path, glob) for glob in globs)
 
 
 class Account(Value):

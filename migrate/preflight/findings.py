@@ -7,8 +7,8 @@ from migrate.model import Value
 
 # Ways out of a blocker that a user may choose, if the engine has them.
 TCP_CLOSE = "tcp-close"
-PIDNS = "pidns"
-WAYS_OUT = (TCP_CLOSE, PIDNS)
+COPY_FILE = "copy-file"
+WAYS_OUT = (TCP_CLOSE, COPY_FILE)
 
 
 class Finding(Value):

@@ -216,7 +216,13 @@ class Engine:
         """See ProcessEngine."""
         return self._visit(process, visit, leave_paused=False)
 
-    def dump(self, process: ProcessRef, visit: Visitor[T], ways_out: Collection[str] = ()) -> T:
+    def dump(
+        self,
+        process: ProcessRef,
+        visit: Visitor[T],
+        ways_out: Collection[str] = (),
+        copy_files: tuple[str, ...] = (),
+    ) -> T:
         """See ProcessEngine."""
         return self._visit(process, visit, leave_paused=True)
 

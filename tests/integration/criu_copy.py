@@ -2,7 +2,9 @@
 
 ``python -m tests.integration.criu_copy FOLDER CRIU WHAT`` prints a line of what it sees at
 each step and waits for a line on stdin before it ends the copy. WHAT is ``release``,
-``kill-criu`` (in the middle of the restore) or ``hide`` (a device is hidden from the copy).
+``kill-criu`` (in the middle of the restore), ``hide`` (a device is hidden from the copy),
+``elsewhere`` (the folder ``data`` is empty here) or ``given-up`` (it has another file, and the
+copy is ended before it is released).
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from migrate.engine.criu_restore import Restoration
 from migrate.engine.seam import CpuImage
 from migrate.errors import MigrateError
 from migrate.model import GpuMap, HostPaths
+
+APART = ("elsewhere", "given-up")  # where the destination has a folder of its own
 
 
 def receive(engine: CriuEngine, image: CpuImage, folder: Path) -> None:
@@ -83,6 +87,11 @@ def main(folder: Path, criu: str, what: str) -> None:
         kfd=str(folder / "no-kfd"), kfd_sysfs=str(folder / "no-sysfs"), run=str(folder / "b")
     )
     engine = CriuEngine(paths, criu=criu)
+    data = folder / "data"
+    if what in APART:
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", data], check=True)
+    if what == "given-up":
+        (data / "kept").write_bytes(b"theirs")
     image = msgspec.msgpack.decode((folder / "image").read_bytes(), type=CpuImage)
     receive(engine, image, folder)
     try:
@@ -95,13 +104,25 @@ def main(folder: Path, criu: str, what: str) -> None:
         held.restored([], [])
         held.finish([], [])
     except MigrateError as error:
+        engine.discard(name_of(folder))
         print("failed", error.reason, error, flush=True)
         print("left", *sorted(os.listdir("/proc/self/task")), threading.active_count(), flush=True)
         return
     print("held", engine.is_frozen(held.process), held.process.pid, flush=True)
     sys.stdin.readline()
-    held.release()
+    if what == "given-up":
+        print("here", *sorted(os.listdir(data)), (data / "kept").stat().st_size, flush=True)
+        engine.kill(held.process)
+        engine.discard(name_of(folder))
+        print("here", *sorted(os.listdir(data)), (data / "kept").read_text(), flush=True)
+        return
+    engine.thaw(held.process)
     print("released", flush=True)
+    if what == "elsewhere":
+        kept = data / "kept"
+        found = kept.stat()
+        shown = *sorted(os.listdir(data)), oct(found.st_mode), found.st_uid, found.st_size
+        print("here", *shown, kept.read_bytes()[8:12].decode(), flush=True)
     sys.stdin.readline()
     time.sleep(0.01)
     engine.kill(held.process)

@@ -99,6 +99,19 @@ while True:
 """
 
 
+KEEPER = """
+import os, sys, time
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o600)
+kept = os.open(sys.argv[2], os.O_RDWR)
+count = 0
+while True:
+    count += 1
+    os.pwrite(kept, count.to_bytes(8, "little"), 0)
+    os.pwrite(file, os.pread(kept, 12, 0), 0)
+    time.sleep(0.005)
+"""
+
+
 class Job:
     """A parent and a child, two threads each, counting into a file each; or a program of ours."""
 
@@ -206,10 +219,10 @@ def contents(access: MemoryAccess) -> bytes:
     return bytes(data)
 
 
-def dumped(engine: CriuEngine, job: Job, *ways_out: str) -> None:
+def dumped(engine: CriuEngine, job: Job, *ways_out: str, copy_files: tuple[str, ...] = ()) -> None:
     """The job is frozen and dumped; its image is where the copy looks for it."""
     image = engine.freeze(job.ref)
-    assert engine.dump(job.ref, count, ways_out) == 0
+    assert engine.dump(job.ref, count, ways_out, copy_files) == 0
     blobs = job.folder / "blobs"
     blobs.mkdir(exist_ok=True)
     streamed: dict[str, int] = {}
@@ -232,7 +245,7 @@ def dumped(engine: CriuEngine, job: Job, *ways_out: str) -> None:
 def copy(job: Job, what: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [
-            *("unshare", "--pid", "--fork", "--mount-proc", "--kill-child"),
+            *("unshare", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child"),
             *(sys.executable, "-m", "tests.integration.criu_copy", str(job.folder), CRIU, what),
         ],
         stdin=subprocess.PIPE,
@@ -301,7 +314,7 @@ def test_a_connection_is_closed_for_the_copy_alone_if_that_was_chosen(
 ) -> None:
     if not can_dump_sockets():
         pytest.skip("this CRIU can't dump a socket on this kernel")
-    assert engine.ways_out == {TCP_CLOSE}
+    assert TCP_CLOSE in engine.ways_out
     with pytest.raises(CheckpointFailed):
         dumped(engine, talker)
     dumped(engine, talker, TCP_CLOSE)
@@ -318,6 +331,48 @@ def test_a_connection_is_closed_for_the_copy_alone_if_that_was_chosen(
     engine.thaw(talker.ref)
     assert talker.runs()
     assert wait_until(lambda: talker.says() == [b"open"])
+
+
+@pytest.fixture
+def keeper(tmp_path: Path, engine: CriuEngine) -> Iterator[Job]:
+    """One process that writes and reads a file in a folder of its own."""
+    kept = tmp_path / "data" / "kept"
+    kept.parent.mkdir()
+    kept.write_bytes(bytes(8) + b"mine" + os.urandom(3 << 20))
+    kept.chmod(0o640)
+    os.chown(kept, 7, 7)
+    with ended(engine, Job(tmp_path, KEEPER, str(kept))) as job:
+        yield job
+
+
+def test_a_file_goes_with_the_process_that_writes_it(engine: CriuEngine, keeper: Job) -> None:
+    dumped(engine, keeper)
+    with copy(keeper, "elsewhere") as process:  # it is not there
+        assert "kept" in line(process)
+    engine.thaw(keeper.ref)
+    dumped(engine, keeper, copy_files=("*/data/k*",))
+    size = (keeper.folder / "data" / "kept").stat().st_size
+    with copy(keeper, "elsewhere") as process:
+        assert line(process) == f"held True {keeper.ref.pid}"
+        assert line(process, "go") == "released"
+        assert line(process) == f"here kept 0o100640 7 {size} mine"
+        assert keeper.runs()
+        assert keeper.says() == [b"mine"]
+        assert line(process, "go") == "ended False"
+
+
+def test_a_file_that_was_replaced_is_put_back_if_the_copy_is_given_up(
+    engine: CriuEngine, keeper: Job
+) -> None:
+    dumped(engine, keeper, copy_files=(str(keeper.folder / "data" / "kept"),))
+    size = (keeper.folder / "data" / "kept").stat().st_size
+    with copy(keeper, "given-up") as process:
+        assert line(process) == f"held True {keeper.ref.pid}"
+        old = f".kept.{name_of(keeper.folder)}.old"
+        assert line(process, "go") == f"here {old} kept {size}"
+        assert line(process) == "here kept theirs"
+    engine.thaw(keeper.ref)
+    assert keeper.runs()
 
 
 def test_a_source_that_is_thawed_runs_on_in_the_group_it_came_from(

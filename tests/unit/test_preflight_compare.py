@@ -12,7 +12,7 @@ from migrate.preflight import files
 from migrate.preflight.compare import Here, compare, look
 from migrate.preflight.cpu import of_user_space, read_cpu
 from migrate.preflight.facts import Account, Cpu, Facts, FileFact
-from migrate.preflight.findings import PIDNS
+from migrate.preflight.findings import COPY_FILE
 
 FILE = FileFact(path="/a", size=10, inode=1, identity="build-id:aa")
 WRITTEN = FileFact(path="/a", size=10, inode=1, written=True, storage="nfs4")
@@ -67,7 +67,34 @@ def test_ids() -> None:
     assert reason == "PID_IN_USE"
     assert "2 of 10" in message
     assert "11, 12" in message
-    assert compare(facts, Here(taken=(11,)), "b").blockers[0].unless == (PIDNS,)
+    assert not compare(facts, Here(taken=(11,)), "b").blockers[0].unless
+
+
+@pytest.mark.parametrize(
+    ("room", "reasons"),
+    [
+        ({"/a": 10}, []),
+        ({"/a": 9}, ["INSUFFICIENT_DISK"]),
+        ({}, ["FILE_MISSING"]),  # no folder for it
+    ],
+)
+@pytest.mark.parametrize("there", [None, changed(FILE, size=11)])
+def test_a_file_that_may_be_copied(
+    there: FileFact | None, room: dict[str, int], reasons: list[str]
+) -> None:
+    here = Here(files=() if there is None else (there,), room=room)
+    said = compare(Facts(files=(FILE,)), here, "b", ("/a*",)).blockers
+    assert said[0].unless == (COPY_FILE,)
+    assert [blocker.reason for blocker in said[1:]] == reasons
+    others = compare(Facts(files=(FILE,)), here, "b", ("/b*",)).blockers
+    assert [blocker.unless for blocker in others] == [()]
+
+
+def test_a_folder_is_no_file_to_be_copied() -> None:
+    folder = changed(FILE, folder=True)
+    for wanted, here in ((folder, Here()), (FILE, Here(files=(folder,), room={"/a": 99}))):
+        said = compare(Facts(files=(wanted,)), here, "b", ("/a",)).blockers
+        assert [blocker.unless for blocker in said] == [()]
 
 
 @pytest.mark.parametrize("kind", ["users", "groups"])

@@ -52,19 +52,40 @@ class Workshop:
 
     def _measured(self, way: Callable[[], None]) -> Callable[[Job], Sample]:
         def run(_: Job) -> Sample:
-            for old in self.target.iterdir():
-                old.unlink()
+            self._prepare(removed=way.__name__ == "tar")  # whose end is seen by the size
             before = cpu() + _children()
             with self._serving(way):
                 began = time.perf_counter()
                 way()
                 seconds = time.perf_counter() - began
-            size = sum(path.stat().st_size for path in self.target.iterdir())
-            if size != self.job.size:
-                raise RuntimeError(f"{way.__name__} brought {size} of {self.job.size} bytes")
+            if self._ends(self.target / "memory") != self._ends(self.file):
+                raise RuntimeError(f"{way.__name__} did not bring the file")
             return Sample(seconds=seconds, cpu=cpu() + _children() - before)
 
         return run
+
+    def _prepare(self, *, removed: bool) -> None:
+        """An old copy, spoilt at both ends and long ago: rsync writes over it.
+
+        So its pages are there before the clock starts, as in everybody's destination.
+        """
+        copy = self.target / "memory"
+        if removed:
+            copy.unlink(missing_ok=True)
+            return
+        if not copy.exists():
+            _write(copy, self.job)
+        with copy.open("r+b") as file:
+            file.write(bytes(PIECE))
+            file.seek(-PIECE, os.SEEK_END)
+            file.write(bytes(PIECE))
+        os.utime(copy, (0, 0))
+
+    def _ends(self, path: Path) -> tuple[int, bytes, bytes]:
+        with path.open("rb") as file:
+            first = file.read(PIECE)
+            file.seek(-PIECE, os.SEEK_END)
+            return path.stat().st_size, first, file.read()
 
     @contextlib.contextmanager
     def _serving(self, way: Callable[[], None]) -> Iterator[None]:
@@ -76,7 +97,7 @@ class Workshop:
             "scp": self._ssh_daemon,
             "tar": self._nc_listener,
         }[way.__name__]()
-        server = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+        server = subprocess.Popen(command, process_group=0, stderr=subprocess.DEVNULL)
         try:
             _await_listener(self.port)
             yield

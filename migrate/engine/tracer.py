@@ -5,9 +5,9 @@
 One helper holds all KFD processes of a tree, each from its ATTACH on. It is a process of its
 own, because ptrace and the kernel's CRIU operations belong to one thread, because the kernel
 lets the targets go when this process ends however it ends, and because the agent keeps no fd
-of theirs. It starts while they still run, and seizes on ATTACH. The agent's socket breaking
-before HOLD means that the agent is gone: queues left paused are started again, and the
-targets are let go.
+of theirs. It starts while they still run, and seizes on ATTACH. After DONE it holds nothing and
+waits for the next ATTACH. The agent's socket breaking before HOLD means that the agent is gone:
+queues left paused are started again, and the targets are let go.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Helper:
         self._executed = Paused(stolen=True)
         self._hold = False
 
-    def run(self, channel: socket.socket) -> None:
-        """Serve the agent; undo if it breaks off before HOLD."""
+    def run(self, channel: socket.socket) -> bool:
+        """Serve the agent until DONE (True); undo if it breaks off before HOLD (False)."""
         handlers = {
             Kind.ATTACH: self._attach,
             Kind.IOCTL: self._executed.ioctl,
@@ -47,8 +47,10 @@ class Helper:
             Kind.DONE: self._done,
         }
         try:
-            if not serve(channel, handlers) and not self._hold:
+            done = serve(channel, handlers)
+            if not done and not self._hold:
                 self._executed.unpause()
+            return done
         finally:
             self._let_go()
 
@@ -101,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the agent decides
     with socket.socket(fileno=options.fd) as channel:
         channel.set_inheritable(False)
-        Helper(HostPaths(kfd=options.kfd)).run(channel)
+        while Helper(HostPaths(kfd=options.kfd)).run(channel):
+            pass
 
 
 if __name__ == "__main__":

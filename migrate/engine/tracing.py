@@ -41,7 +41,7 @@ def traced(
     """
     if not procfs.is_alive(process):
         raise NoSuchProcess(f"process {process.pid} has ended")
-    with _helper(paths, another=not leave_paused) as connection:
+    with _helper(paths, keep=not leave_paused) as connection:
         try:
             held = [
                 KfdProcess(
@@ -72,11 +72,11 @@ def guard(paths: HostPaths) -> Callable[[int], None]:
 
 
 class _Helper:
-    """A helper process and the agent's socket to it."""
+    """A helper process and the agent's connection to it."""
 
     def __init__(self, paths: HostPaths) -> None:
         self.kfd = paths.kfd
-        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         command = [sys.executable, "-m", "migrate.engine.tracer"]
         command += ["--fd", str(theirs.fileno()), "--kfd", paths.kfd]
         try:
@@ -89,12 +89,13 @@ class _Helper:
                     start_new_session=True,  # Ctrl-C at the agent's terminal is not for it
                 )
         except BaseException:
-            self.channel.close()
+            ours.close()
             raise
+        self.connection = Connection(ours)
 
     def close(self) -> None:
         """One that was not told DONE undoes; it ends in any case. Idempotent."""
-        self.channel.close()
+        self.connection.close()
         try:
             self.process.wait(HELPER_EXIT)
         except subprocess.TimeoutExpired:
@@ -103,7 +104,7 @@ class _Helper:
 
 
 class _Spare:
-    """At most one helper that is ready: Python starts in much more time than a look takes.
+    """At most one helper that waits: Python starts in much more time than a look takes.
 
     It ends with this process, because its socket does, or after SPARE_LIFE.
     """
@@ -122,16 +123,19 @@ class _Spare:
             found.close()
         return _Helper(paths)
 
-    def start(self, paths: HostPaths) -> None:
-        """Have one ready for the next look, unless one is."""
+    def keep(self, helper: _Helper) -> None:
+        """Have *helper*, which holds nothing, wait for the next look; one does at most."""
+        old = self._remove()
+        if old is not None:
+            old.close()
         with self._lock:
-            if self._helper is not None:
-                return
-            with contextlib.suppress(OSError):  # the next look will say why
-                self._helper = helper = _Helper(paths)
+            if self._helper is None:
+                self._helper = helper
                 self._end = threading.Timer(SPARE_LIFE, self._expire, [helper])
                 self._end.daemon = True
                 self._end.start()
+                return
+        helper.close()
 
     def _remove(self) -> _Helper | None:
         with self._lock:
@@ -153,12 +157,15 @@ _spare = _Spare()
 
 
 @contextlib.contextmanager
-def _helper(paths: HostPaths, *, another: bool) -> Iterator[Connection]:
-    """A helper for one look; *another*: one more may follow soon."""
+def _helper(paths: HostPaths, *, keep: bool) -> Iterator[Connection]:
+    """A helper for one look; *keep*: if that ends well another may follow soon."""
     helper = _spare.take(paths)
     try:
-        yield Connection(helper.channel)
-    finally:
+        yield helper.connection
+    except BaseException:
         helper.close()
-    if another:
-        _spare.start(paths)
+        raise
+    if keep:
+        _spare.keep(helper)
+    else:
+        helper.close()

@@ -364,7 +364,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--vram", type=int, default=8 << 20, help="bytes on each GPU")
-    parser.add_argument("--pace", type=float, default=0.02, help="seconds between steps")
+    parser.add_argument("--pace", type=float, default=0.1, help="seconds between steps")
     parser.add_argument("--log")
     parser.add_argument("--child", action="store_true")
     parser.add_argument("--hog", type=float, metavar="SECONDS", help="to keep 90%% of the VRAM")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from scenarios.lab import conformance
@@ -14,8 +16,11 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(3000)]
 def test_the_same_tests_pass_on_the_simulated_node_and_on_the_kernel(
     shared_host: SharedHost, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    simulated = conformance.run_simulated(print)
-    real = conformance.run(shared_host(HostSpec(name="a")), (), print)
+    host = shared_host(HostSpec(name="a"))
+    with ThreadPoolExecutor() as beside:
+        on_the_node = beside.submit(conformance.run_simulated, print)
+        real = conformance.run(host, (), print)
+        simulated = on_the_node.result()
     with capsys.disabled():
         print(f"\nconformance: {len(simulated)} on the simulated node, {len(real)} on the kernel")
     assert real == simulated

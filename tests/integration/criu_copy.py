@@ -3,8 +3,8 @@
 ``python -m tests.integration.criu_copy FOLDER CRIU WHAT`` prints a line of what it sees at
 each step and waits for a line on stdin before it ends the copy. WHAT is ``release``,
 ``kill-criu`` (in the middle of the restore), ``hide`` (a device is hidden from the copy),
-``elsewhere`` (the folder ``data`` is empty here) or ``given-up`` (it has another file, and the
-copy is ended before it is released).
+``elsewhere`` (the folder ``data`` is empty here), ``replaced`` (it has another file) or
+``given-up`` (so it has, and the copy is ended before it is released).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from migrate.engine.seam import CpuImage
 from migrate.errors import MigrateError
 from migrate.model import GpuMap, HostPaths
 
-APART = ("elsewhere", "given-up")  # where the destination has a folder of its own
+APART = ("elsewhere", "replaced", "given-up")  # where the destination has a folder of its own
 
 
 def receive(engine: CriuEngine, image: CpuImage, folder: Path) -> None:
@@ -90,7 +90,7 @@ def main(folder: Path, criu: str, what: str) -> None:
     data = folder / "data"
     if what in APART:
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", data], check=True)
-    if what == "given-up":
+    if what in APART[1:]:
         (data / "kept").write_bytes(b"theirs")
     image = msgspec.msgpack.decode((folder / "image").read_bytes(), type=CpuImage)
     receive(engine, image, folder)
@@ -118,7 +118,7 @@ def main(folder: Path, criu: str, what: str) -> None:
         return
     engine.thaw(held.process)
     print("released", flush=True)
-    if what == "elsewhere":
+    if what in APART[:2]:
         kept = data / "kept"
         found = kept.stat()
         shown = *sorted(os.listdir(data)), oct(found.st_mode), found.st_uid, found.st_size

@@ -345,14 +345,17 @@ def keeper(tmp_path: Path, engine: CriuEngine) -> Iterator[Job]:
         yield job
 
 
-def test_a_file_goes_with_the_process_that_writes_it(engine: CriuEngine, keeper: Job) -> None:
+@pytest.mark.parametrize("there", ["elsewhere", "replaced"])
+def test_a_file_goes_with_the_process_that_writes_it(
+    engine: CriuEngine, keeper: Job, there: str
+) -> None:
     dumped(engine, keeper)
-    with copy(keeper, "elsewhere") as process:  # it is not there
+    with copy(keeper, there) as process:
         assert line(process).startswith("failed RESTORE_FAILED")
     engine.thaw(keeper.ref)
     dumped(engine, keeper, copy_files=("*/data/k*",))
     size = (keeper.folder / "data" / "kept").stat().st_size
-    with copy(keeper, "elsewhere") as process:
+    with copy(keeper, there) as process:
         assert line(process) == f"held True {keeper.ref.pid}"
         assert line(process, "go") == "released"
         assert line(process) == f"here kept 0o100640 7 {size} mine"

@@ -68,23 +68,37 @@ def places(checkpoint: KfdCheckpoint) -> Iterator[tuple[int, Place]]:
 
 def shared(found: Sequence[Checkpointed]) -> list[list[BoKey]]:
     """The buffers with more than one handle, as their handles in order."""
-    groups: dict[object, list[BoKey]] = {}  # by place and by dmabuf: one list for both
+    first: dict[object, BoKey] = {}  # handle by a name that it has: its place, its dmabuf
+    leader: dict[BoKey, BoKey] = {}  # a handle of the same buffer that came before
+
+    def lead(key: BoKey) -> BoKey:
+        while leader[key] != key:
+            leader[key] = key = leader[leader[key]]
+        return key
+
     for number, checkpointed in enumerate(found):
         for index, place in places(checkpointed.checkpoint):
             key = BoKey(process=number, index=index)
-            names: list[object] = [(place.gpu_id, place.offset)]
-            fd = checkpointed.dmabufs[index]
-            if fd is not None:
-                status = os.fstat(fd)
-                names.append(("dmabuf", status.st_dev, status.st_ino))
-            lists = {id(groups[name]): groups[name] for name in names if name in groups}
-            merged = [*(known for one in lists.values() for known in one), key]
-            for name, one in list(groups.items()):
-                if id(one) in lists:
-                    groups[name] = merged
-            groups.update(dict.fromkeys(names, merged))
-    unique = {id(one): one for one in groups.values() if len(one) > 1}
-    return [sorted(one, key=lambda key: (key.process, key.index)) for one in unique.values()]
+            leader[key] = key
+            for name in _names(place, checkpointed.dmabufs[index]):
+                one, other = lead(key), lead(first.setdefault(name, key))
+                leader[max(one, other, key=_order)] = min(one, other, key=_order)
+    groups: dict[BoKey, list[BoKey]] = defaultdict(list)
+    for key in leader:
+        groups[lead(key)].append(key)
+    return [handles for handles in groups.values() if len(handles) > 1]
+
+
+def _order(key: BoKey) -> tuple[int, int]:
+    return key.process, key.index
+
+
+def _names(place: Place, dmabuf: int | None) -> Iterator[object]:
+    """What two handles of one buffer have in common."""
+    yield place.gpu_id, place.offset
+    if dmabuf is not None:
+        status = os.fstat(dmabuf)
+        yield "dmabuf", status.st_dev, status.st_ino
 
 
 def shares(found: Sequence[Checkpointed]) -> tuple[Share, ...]:
@@ -94,10 +108,11 @@ def shares(found: Sequence[Checkpointed]) -> tuple[Share, ...]:
         return ()
     checkpoints = [one.checkpoint for one in found]
     private = [checkpoint.private() for checkpoint in checkpoints]
+    pages = _event_pages(checkpoints, private)
     result = tuple(
         Share(importer=key, owner=owner)
         for handles in groups
-        for owner in [_owner(handles, checkpoints, private)]
+        for owner in [_owner(handles, checkpoints, pages)]
         for key in handles
         if key != owner
     )
@@ -128,15 +143,14 @@ def let_go(found: Sequence[Checkpointed], wanted: Iterable[Share]) -> None:
 
 
 def _owner(
-    handles: Sequence[BoKey], checkpoints: Sequence[KfdCheckpoint], private: Sequence[PrivateData]
+    handles: Sequence[BoKey], checkpoints: Sequence[KfdCheckpoint], pages: Collection[BoKey]
 ) -> BoKey:
     """The handle whose RESTORE makes the buffer."""
 
-    def rank(key: BoKey) -> tuple[bool, bool, bool, int, int]:
+    def rank(key: BoKey) -> tuple[bool, bool, bool, tuple[int, int]]:
         bo = checkpoints[key.process].bos[key.index]
         imported = bo.alloc_flags & ~_MEMORY == _IMPORTED
-        is_page = key in _event_pages(key.process, checkpoints[key.process], private[key.process])
-        return (not is_page, imported, not bo.is_vram, key.process, key.index)
+        return key not in pages, imported, not bo.is_vram, _order(key)
 
     return min(handles, key=rank)
 
@@ -154,16 +168,16 @@ def unshareable(
         here = checkpoints[share.importer.process].bos[share.importer.index]
         if here.size != checkpoints[share.owner.process].bos[share.owner.index].size:
             return f"the handles of the buffer at {here.addr:#x} have different sizes"
-    for number, checkpoint in enumerate(checkpoints):
-        if importers & _event_pages(number, checkpoint, private[number]):
-            return f"the event page of KFD process {number} is an imported buffer"
+    for page in sorted(importers & _event_pages(checkpoints, private), key=_order):
+        return f"the event page of KFD process {page.process} is an imported buffer"
     for (process, gpu_id), handles in _handles(importers, checkpoints, private).items():
+        highest = max(handles)
         taken = sum(
-            bo.gpu_id == gpu_id and record.idr_handle < max(handles)
+            bo.gpu_id == gpu_id and record.idr_handle < highest
             for bo, record in zip(checkpoints[process].bos, private[process].bos, strict=True)
         )
-        if max(handles) - taken > MAX_FREE_HANDLES:
-            return f"the handle {max(handles)} of an imported buffer can't be had again"
+        if highest - taken > MAX_FREE_HANDLES:
+            return f"the handle {highest} of an imported buffer can't be had again"
     return ""
 
 
@@ -178,13 +192,20 @@ def _handles(
     return found
 
 
-def _event_pages(process: int, checkpoint: KfdCheckpoint, private: PrivateData) -> set[BoKey]:
-    pages = {event.user_handle for event in private.events if event.user_handle}
-    return {
-        BoKey(process=process, index=index)
-        for index, (bo, record) in enumerate(zip(checkpoint.bos, private.bos, strict=True))
-        if uapi.MAKE_HANDLE(bo.gpu_id, record.idr_handle) in pages
-    }
+def _event_pages(
+    checkpoints: Sequence[KfdCheckpoint], private: Sequence[PrivateData]
+) -> set[BoKey]:
+    """The BOs that are their processes' event pages."""
+    found = set()
+    for number, (checkpoint, one) in enumerate(zip(checkpoints, private, strict=True)):
+        pages = {event.user_handle for event in one.events if event.user_handle}
+        if pages:
+            found |= {
+                BoKey(process=number, index=index)
+                for index, (bo, record) in enumerate(zip(checkpoint.bos, one.bos, strict=True))
+                if uapi.MAKE_HANDLE(bo.gpu_id, record.idr_handle) in pages
+            }
+    return found
 
 
 # ---------------------------------------------------------------- with others

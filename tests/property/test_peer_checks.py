@@ -227,10 +227,13 @@ def test_an_order_with_one_thing_wrong(path: str, new: object, said: str) -> Non
         check(put(ORDER, path, new))
 
 
+SHARING = put(put(ORDER, "shares", (SHARE,)), "objects", (ORDER.objects[0], *ORDER.objects[2:]))
+WITHOUT_2 = {number: digests for number, digests in MANIFEST.items() if number != 2}
+
+
 def test_an_import_has_no_object_of_its_own() -> None:
-    order = put(put(ORDER, "shares", (SHARE,)), "objects", (ORDER.objects[0], *ORDER.objects[2:]))
-    check(order, {number: digests for number, digests in MANIFEST.items() if number != 2})
-    large = put(order, "checkpoints.0.bos.1.size", 16 * PAGE)
+    check(SHARING, WITHOUT_2)
+    large = put(SHARING, "checkpoints.0.bos.1.size", 16 * PAGE)
     with pytest.raises(PeerNonsense, match="different sizes"):
         check(large)
 
@@ -335,10 +338,10 @@ def spoiled(value: Any, rng: random.Random) -> Any:
     return rng.choice((None, 0, "", b"", [], value))
 
 
-def try_order(document: object) -> bool:
+def try_order(document: object, manifest: dict[int, bytes] = MANIFEST) -> bool:
     """Whether it is accepted; anything but a refusal of ours is raised."""
     try:
-        check(decoded_order(msgspec.msgpack.encode(document)))
+        check(decoded_order(msgspec.msgpack.encode(document)), manifest)
     except REFUSALS:
         return False
     return True
@@ -348,18 +351,21 @@ def try_order(document: object) -> bool:
 @given(st.integers(0, 2**63))
 def test_spoiled_orders_are_refused_or_harmless(seed: int) -> None:
     rng = random.Random(seed)
-    document = msgspec.to_builtins(ORDER, builtin_types=(bytes,))
+    order, manifest = rng.choice([(ORDER, MANIFEST), (SHARING, WITHOUT_2)])
+    document = msgspec.to_builtins(order, builtin_types=(bytes,))
     for _ in range(rng.randrange(1, 4)):
         document = spoiled(document, rng)
-    try_order(document)
+    try_order(document, manifest)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_many_spoiled_orders() -> None:
     rng = random.Random(1)
-    whole = msgspec.to_builtins(ORDER, builtin_types=(bytes,))
-    accepted = sum(try_order(spoiled(whole, rng)) for _ in range(100_000))
+    accepted = 0
+    for order, manifest in ((ORDER, MANIFEST), (SHARING, WITHOUT_2)):
+        whole = msgspec.to_builtins(order, builtin_types=(bytes,))
+        accepted += sum(try_order(spoiled(whole, rng), manifest) for _ in range(50_000))
     print(f"100000 spoiled orders, {accepted} accepted")
     assert accepted < 50_000
 

@@ -7,9 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from scenarios.cluster import Cluster, wait_until
+from migrate.engine import procfs
+from migrate.faults import VARIABLE
+from scenarios.cluster import AgentSetup, Cluster, wait_until
 from scenarios.ports import free_port
 from tests.integration.jobs import migrate
+from tests.integration.lookers import (
+    copy_pid,
+    ended,
+    is_stopped,
+    is_there,
+    kill_agent,
+    started,
+)
 from tests.integration.sharers import MEMORY, SAVE_AREA, SIZE
 from tests.lab.sharing_job import ask
 
@@ -108,3 +118,30 @@ def test_the_labs_job_sees_itself_share(cluster: Cluster) -> None:
     wait_until(shares, PATIENCE, "both to see what the other wrote")
     assert ask(port, "finish")["child_ended"] == 0
     assert job.wait(PATIENCE) == 0
+
+
+@pytest.mark.soak
+def test_a_destination_agent_killed_while_it_holds_both_copies_leaves_none(
+    cluster: Cluster,
+) -> None:
+    """kill -9 with the buffer shared again and nothing granted: both copies are ended."""
+    program = Sharers(cluster, "--child")
+    program.sees(program.child, 5)
+    there = cluster.hosts["b"]
+    kill_agent(there)
+    prelude = f"import os\nos.environ[{VARIABLE!r}] = 'destination.prepared.after-write=stop'"
+    agent = cluster.start_agent("b", AgentSetup(prelude=prelude)).agent
+    assert agent is not None
+    migration = started(cluster, "a", "b", str(program.process.pid))
+    wait_until(lambda: is_stopped(agent.pid), PATIENCE, "the moment")
+    copy = copy_pid(there, migration)
+    assert copy is not None
+    copies = [copy, *procfs.descendants(copy)]
+    assert len(copies) == 2
+    kill_agent(there)
+    cluster.start_agent("b", AgentSetup())
+    report = ended(cluster.hosts["a"], migration)
+    assert (report["owner"], report["running"]) == ("source", "source")
+    wait_until(lambda: not any(map(is_there, copies)), PATIENCE, "the copies to be ended")
+    program.sees(program.child, program.seen(program.log) + 5)
+    program.ends(program.log, program.child)

@@ -42,7 +42,7 @@ def test_a_job_that_frees_and_takes_most_of_its_vram_during_pre_copy(own_cluster
         swap.touch()
         wait_until(lambda: b"filled 2" in log.read_bytes(), PATIENCE, "as much VRAM again")
     finally:
-        migrate(own_cluster, "abort", "a", keyed(host, "swap"))
+        migrate(own_cluster, "abort", keyed(host, "swap"))
         migration.join()
     # The round is over at once when its only buffer is let go: it may have moved meanwhile.
     assert outcomes[0].code in (0, Cancelled.exit_code), outcomes[0].document

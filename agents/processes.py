@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+
+import msgspec
 
 from migrate.engine.procfs import boot_id, parent, start_time
 from migrate.errors import NoSuchProcess
@@ -41,7 +44,18 @@ def list_processes(paths: HostPaths, migration_of: Callable[[int], str | None]) 
                 boot_id=boot_id(),
             )
         )
-    return rows
+    pids = {row.pid for row in rows}
+    return [msgspec.structs.replace(row, root=_root(row.pid, pids)) for row in rows]
+
+
+def _root(pid: int, pids: Collection[int]) -> int:
+    """The topmost of *pids* that *pid* descends from, 0 if there is none."""
+    found = 0
+    with contextlib.suppress(NoSuchProcess):
+        while pid := parent(pid):
+            if pid in pids:
+                found = pid
+    return found
 
 
 def _is_ours(pid: int) -> bool:

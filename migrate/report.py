@@ -275,7 +275,8 @@ class ProcessRow(Value):
     """One process of ``migrate ps``. ``vram`` is bytes by actual gpu_id, of each GPU it sees.
 
     ``start_time`` is field 22 of /proc/PID/stat and ``boot_id`` the kernel's: with the pid
-    they tell a process from every other one, for idempotency keys.
+    they tell a process from every other one, for idempotency keys. ``root``: pid of the topmost
+    process of the list that it descends from, with which it moves; 0 if there is none.
     """
 
     pid: int
@@ -286,3 +287,4 @@ class ProcessRow(Value):
     migration: str | None = None
     start_time: int = 0
     boot_id: str = ""
+    root: int = 0

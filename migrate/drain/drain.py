@@ -16,6 +16,7 @@ from migrate.client import HostInfo
 from migrate.drain.placement import Job, Plan, Target, plan
 from migrate.drain.policy import Breaker, Policy, Verdict, verdict
 from migrate.drain.state import Member, State, StateFile
+from migrate.drain.trees import trees
 from migrate.errors import (
     AgentUnreachable,
     CertificateRejected,
@@ -165,7 +166,7 @@ class Drain:
 
     def preview(self) -> tuple[list[ProcessRow], Plan]:
         """Who would go where, if all went at once. Changes nothing. Raises MigrateError."""
-        rows = self._fleet.processes(self._source)
+        rows = trees(self._fleet.processes(self._source))
         return rows, self._plan([_Task(Member.of(row)) for row in rows], ())
 
     def run(self, file: StateFile) -> Summary:
@@ -199,7 +200,7 @@ class Drain:
         deadline = self._clock.now() + self._policy.patience
         while True:
             try:
-                return self._fleet.processes(self._source)
+                return trees(self._fleet.processes(self._source))
             except (AgentUnreachable, CertificateRejected):
                 if not wait or self._clock.now() > deadline:
                     raise

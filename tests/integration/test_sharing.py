@@ -92,6 +92,10 @@ def test_what_a_parent_writes_its_child_reads_after_a_move(cluster: Cluster) -> 
     """Two processes, a handle of one buffer each; both move, the buffer once."""
     program = Sharers(cluster, "--child")
     program.sees(program.child, 5)
+    rows = migrate(cluster, "ps", "a").document["processes"]
+    assert [row["root"] for row in rows if row["pid"] != program.process.pid] == [
+        program.process.pid
+    ]
     outcome = migrate(cluster, "run", "a", "b", str(program.process.pid))
     assert outcome.code == 0, outcome.document
     moved = outcome.report.bytes

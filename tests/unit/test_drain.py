@@ -8,12 +8,14 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from migrate.client import HostInfo
 from migrate.drain.drain import Drain, Summary, Time
 from migrate.drain.policy import Breaker, Policy, Verdict, verdict
 from migrate.drain.state import Member, State, StateFile
+from migrate.drain.trees import trees
 from migrate.errors import (
     AgentBusy,
     AgentUnreachable,
@@ -399,3 +401,16 @@ def test_a_failure_of_one_that_began_before_the_pause_is_no_probe() -> None:
     assert breaker.may_start(11.0, 0)
     breaker.failed(12.0)
     assert breaker.stopped
+
+
+def test_a_tree_is_placed_as_one_and_a_child_never_alone() -> None:
+    def row(pid: int, root: int = 0, **vram: int) -> ProcessRow:
+        sizes = {int(gpu[1:]): size for gpu, size in vram.items()}
+        return ProcessRow(pid=pid, command="job", uid=0, vram=sizes, queues=1, root=root)
+
+    rows = [row(7, g1=5, g2=0), row(8, 7, g1=1), row(3, g2=2), row(9, 7, g2=4)]
+    assert trees(rows) == [
+        msgspec.structs.replace(row(7, g1=6, g2=4), queues=3),
+        row(3, g2=2),
+    ]
+    assert trees([]) == []

@@ -149,3 +149,18 @@ def test_a_destination_agent_killed_while_it_holds_both_copies_leaves_none(
     wait_until(lambda: not any(map(is_there, copies)), PATIENCE, "the copies to be ended")
     program.sees(program.child, program.seen(program.log) + 5)
     program.ends(program.log, program.child)
+
+
+@pytest.mark.soak
+def test_a_parent_and_a_child_come_out_of_an_image_sharing(cluster: Cluster) -> None:
+    program = Sharers(cluster, "--child")
+    program.sees(program.child, 5)
+    image = cluster.folder / "image"
+    stored = migrate(cluster, "checkpoint", "a", str(program.process.pid), str(image))
+    assert stored.code == 0, stored.document
+    assert stored.report.bytes.vram == SIZE
+    restored = migrate(cluster, "restore", "b", str(image))
+    assert restored.code == 0, restored.document
+    written = program.seen(program.log)
+    program.sees(program.child, written + 10)
+    program.ends(program.log, program.child)

@@ -360,6 +360,17 @@ class IoUring(MigrateError):
     )
 
 
+class OwnNamespace(MigrateError):
+    """The process has a pid, mount, network or user namespace of its own, as in a container."""
+
+    reason = "NAMESPACE"
+    exit_code = 93
+    advice = (
+        "Run the process outside containers, without systemd's PrivateTmp= and the like: moving "
+        "such namespaces is not there yet."
+    )
+
+
 class UnsupportedSocket(MigrateError):
     """A socket of a kind, or with an other end, that can't be moved."""
 

@@ -114,6 +114,7 @@ def check_facts(facts: Facts) -> None:
     names = [fact.path for fact in (*facts.files, *facts.alike)]
     names += [*facts.labels, *facts.cgroups]
     _want(len(names) <= MAX_FACTS, f"{len(names)} facts")
+    _want(_finite(facts.monotonic, 1e12), "a clock that is none")
     _want(len(facts.ids) <= MAX_PID, f"{len(facts.ids)} ids")
     _want(all(0 < number <= MAX_PID for number in facts.ids), "a pid that is none")
     _want(all(len(name) <= MAX_TEXT and "\0" not in name for name in names), "a name that is none")

@@ -15,6 +15,7 @@ BLOCKERS: tuple[type[MigrateError], ...] = (
     errors.SharedBuffer,
     errors.ConnectedSockets,
     errors.TcpEstablished,
+    errors.OwnNamespace,
     errors.UnsupportedSocket,
     errors.IoUring,
     errors.DeviceFile,

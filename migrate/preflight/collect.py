@@ -38,6 +38,7 @@ def whole_tree(
     found, mapped = descriptors(pids, paths), mappings(pids, paths)
     own = (
         *local.tracers(pids),
+        *local.namespaces(pids),
         *local.files(found, mapped, ghost_limit),
         *sockets(found),
     )
@@ -57,6 +58,7 @@ def whole_tree(
         labels=tuple(sorted({label for label in map(local.label, pids) if label})),
         cgroups=tuple(sorted({path for path in map(_cgroup, pids) if path})),
         cpu=read_cpu(),
+        monotonic=max(map(local.monotonic, pids), default=0.0),
     )
 
 

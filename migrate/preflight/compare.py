@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from migrate.preflight.collect import group, user
 from migrate.preflight.cpu import read_cpu
 from migrate.preflight.facts import Account, Cpu, Facts, FileFact
 from migrate.preflight.findings import COPY_FILE, Finding, Findings
-from migrate.preflight.notes import CGROUP_PATH, FILE_OTHER
+from migrate.preflight.notes import CGROUP_PATH, FILE_OTHER, MONOTONIC_CLOCK
 
 CGROUPS = Path("/sys/fs/cgroup")
 _APPARMOR = Path("/sys/kernel/security/apparmor/profiles")
@@ -43,6 +44,8 @@ class Here(Value):
     labels: tuple[str, ...] = ()  # of the labels, those that can be given here
     cgroups: tuple[str, ...] = ()  # of the cgroups, those that exist
     cpu: Cpu | None = None
+    monotonic: float = 0.0  # seconds
+    time_namespaces: bool = True  # whether a copy can have a clock of its own
     room: dict[str, int] = {}  # noqa: RUF012 - free bytes for a file that may be copied here
 
 
@@ -61,6 +64,8 @@ def look(facts: Facts, copy_files: tuple[str, ...] = ()) -> Here:
         labels=tuple(label for label in facts.labels if _can_label(label)),
         cgroups=tuple(path for path in facts.cgroups if (CGROUPS / path.lstrip("/")).is_dir()),
         cpu=read_cpu() if facts.cpu is not None else None,
+        monotonic=time.clock_gettime(time.CLOCK_MONOTONIC),
+        time_namespaces=os.path.exists("/proc/self/ns/time"),
         room=dict(_rooms(facts, copy_files)),
     )
 
@@ -104,6 +109,7 @@ def compare(facts: Facts, here: Here, host: str, copy_files: tuple[str, ...] = (
         ),
         warnings=(
             *_alike(facts, here, host),
+            *_monotonic(facts, here, host),
             *(
                 CGROUP_PATH.finding(f"{host} has no cgroup {path}")
                 for path in facts.cgroups
@@ -166,6 +172,15 @@ def _alike(facts: Facts, here: Here, host: str) -> Iterator[Finding]:
     if other:
         first = ", ".join(fact.path for fact in other[:3]) + (", ..." if len(other) > 3 else "")
         yield FILE_OTHER.finding(f"{len(other)} files are missing or others on {host}: {first}")
+
+
+def _monotonic(facts: Facts, here: Here, host: str) -> Iterator[Finding]:
+    """Where the kernel has time namespaces CRIU gives the copy the clock that it had."""
+    if facts.monotonic > here.monotonic and not here.time_namespaces:
+        back = facts.monotonic - here.monotonic
+        yield MONOTONIC_CLOCK.finding(
+            f"the clock CLOCK_MONOTONIC of the process goes back by {back:.0f} s on {host}"
+        )
 
 
 def _runs_as(facts: Facts, here: Here, host: str) -> Iterator[Finding]:

@@ -57,6 +57,7 @@ class Facts(Value):
     ``files`` must be there, ``alike`` should be the same ones. ``ids``: pids and tids of
     the tree that must be free. ``runs_as``: the user that the copy must run as where the
     agent there does not choose it. ``labels``: of the LSM. ``cgroups``: paths in cgroup v2.
+    ``monotonic``: CLOCK_MONOTONIC as the process sees it, seconds; 0 if it does not go with it.
     """
 
     own: Findings = Findings()
@@ -69,3 +70,4 @@ class Facts(Value):
     labels: tuple[str, ...] = ()
     cgroups: tuple[str, ...] = ()
     cpu: Cpu | None = None
+    monotonic: float = 0.0

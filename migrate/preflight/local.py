@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from migrate.errors import (
     IoUring,
     MigrateError,
     NoSuchProcess,
+    OwnNamespace,
     UnsupportedFile,
 )
 from migrate.preflight.descriptors import Descriptor
@@ -31,6 +33,7 @@ GHOST_LIMIT = 1 << 20  # bytes of a deleted file: --ghost-limit of CRIU unless t
 
 # Majors and minors of devices that every host has (Documentation/admin-guide/devices.txt).
 _MEM, _TTY, _MISC_TUN = 1, frozenset({4, 5, *range(136, 144)}), (10, 200)
+_UNMOVABLE_NAMESPACES = ("pid", "mnt", "net", "user")
 _ANON = re.compile(r"anon_inode:\[?([\w-]+)")
 _MOVABLE_ANON = frozenset(
     {"eventfd", "eventpoll", "signalfd", "timerfd", "inotify", "fanotify", "pidfd", "bpf-map"}
@@ -44,6 +47,32 @@ def tracers(pids: Sequence[int]) -> Iterator[Finding]:
             tracer = procfs.tracer(pid)
             if tracer:
                 yield Finding.of(AlreadyTraced(f"process {pid} is traced by process {tracer}"))
+
+
+def monotonic(pid: int) -> float:
+    """CLOCK_MONOTONIC as a process sees it, in seconds (time_namespaces(7))."""
+    return time.clock_gettime(time.CLOCK_MONOTONIC) - _clock_offset("self") + _clock_offset(pid)
+
+
+def _clock_offset(pid: int | str) -> float:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/timens_offsets").read_text().splitlines():
+            clock, seconds, nanoseconds = line.split()
+            if clock == "monotonic":
+                return int(seconds) + int(nanoseconds) / 1e9
+    return 0.0  # the process is gone, or the kernel has no such namespaces
+
+
+def namespaces(pids: Sequence[int]) -> Iterator[Finding]:
+    """Those that would have to be built anew; CRIU moves the ipc, uts, cgroup and time ones."""
+    for kind in _UNMOVABLE_NAMESPACES:
+        ours = os.stat(f"/proc/self/ns/{kind}").st_ino
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{pid}/ns/{kind}").st_ino != ours:
+                    text = f"process {pid} has a {kind} namespace that is not the agent's"
+                    yield Finding.of(OwnNamespace(text))
+                    break
 
 
 def files(

@@ -38,6 +38,13 @@ LOW_MEMORY = Note(
     meaning="The destination's host memory will be nearly used up while the bytes wait in staging.",
     advice="Free host memory on the destination; other programs there may be slowed down.",
 )
+MONOTONIC_CLOCK = Note(
+    reason="MONOTONIC_CLOCK",
+    meaning="The destination was booted later, and its kernel can't give a process a clock of its"
+    " own: CLOCK_MONOTONIC goes back.",
+    advice="Run a kernel with CONFIG_TIME_NS there; else what sleeps until a time of that clock"
+    " sleeps too long.",
+)
 DOWNTIME_LIMIT = Note(
     reason="DOWNTIME_LIMIT",
     meaning="The predicted downtime is above --max-downtime.",
@@ -49,4 +56,7 @@ LINK_UNMEASURED = Note(
     advice="The message says why. Nothing else is wrong.",
 )
 
-NOTES = (CGROUP_PATH, CLOCK_SKEW, FILE_OTHER, LOW_MEMORY, DOWNTIME_LIMIT, LINK_UNMEASURED)
+NOTES = (
+    *(CGROUP_PATH, CLOCK_SKEW, MONOTONIC_CLOCK, FILE_OTHER, LOW_MEMORY, DOWNTIME_LIMIT),
+    LINK_UNMEASURED,
+)

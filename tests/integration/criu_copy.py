@@ -4,7 +4,7 @@
 each step and waits for a line on stdin before it ends the copy. WHAT is ``release``,
 ``kill-criu`` (in the middle of the restore), ``hide`` (a device is hidden from the copy),
 ``elsewhere`` (the folder ``data`` is empty here), ``replaced`` (it has another file) or
-``given-up`` (so it has, and the copy is ended before it is released).
+``given-up`` (so it has, and the copy is ended before it is released), ``booted-later``.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from tests.integration.criu_copy import name_of
 
 CRIU = os.environ.get("MIGRATE_CRIU", "criu")
 INCLUDE = Path(os.environ.get("MIGRATE_CRIU_INCLUDE", "/usr/include"))
+LATER = 600  # seconds
 CONTENTS = 8 << 20  # bytes of memory that each process has at least
 PROGRAM = """
 import os, sys, threading, time
@@ -108,6 +109,18 @@ while True:
     count += 1
     os.pwrite(kept, count.to_bytes(8, "little"), 0)
     os.pwrite(file, os.pread(kept, 12, 0), 0)
+    time.sleep(0.005)
+"""
+
+
+CLOCK = """
+import os, sys, time
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o600)
+count = 0
+while True:
+    count += 1
+    now = int(time.monotonic() * 1000)
+    os.pwrite(file, count.to_bytes(8, "little") + now.to_bytes(8, "little"), 0)
     time.sleep(0.005)
 """
 
@@ -246,6 +259,7 @@ def copy(job: Job, what: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [
             *("unshare", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child"),
+            *(["--time", "--monotonic", f"-{LATER}"] if what == "booted-later" else []),
             *(sys.executable, "-m", "tests.integration.criu_copy", str(job.folder), CRIU, what),
         ],
         stdin=subprocess.PIPE,
@@ -331,6 +345,22 @@ def test_a_connection_is_closed_for_the_copy_alone_if_that_was_chosen(
     engine.thaw(talker.ref)
     assert talker.runs()
     assert wait_until(lambda: talker.says() == [b"open"])
+
+
+def test_the_clock_of_a_host_that_was_booted_later_goes_on(
+    engine: CriuEngine, tmp_path: Path
+) -> None:
+    if time.clock_gettime(time.CLOCK_MONOTONIC) < 2 * LATER:
+        pytest.skip("this machine was booted too short a time ago")
+    with ended(engine, Job(tmp_path, CLOCK)) as job:
+        dumped(engine, job)
+        before = int.from_bytes(job.says()[0], "little")
+        with copy(job, "booted-later") as process:
+            assert line(process) == f"held True {job.ref.pid}"
+            assert line(process, "go") == "released"
+            assert job.runs()
+            after = int.from_bytes(job.says()[0], "little")
+            assert before < after < before + LATER * 500  # half of the difference
 
 
 @pytest.fixture

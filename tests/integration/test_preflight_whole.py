@@ -141,6 +141,7 @@ def reasons(halves: Halves, process: ProcessRef, options: Options = DEFAULTS) ->
             "not moved with it",
             marks=provokes("UNSUPPORTED_SOCKET"),
         ),
+        pytest.param("namespace", "NAMESPACE", "mnt", marks=provokes("NAMESPACE")),
         pytest.param("device", "DEVICE_FILE", "/dev/fuse", marks=provokes("DEVICE_FILE")),
         pytest.param(
             "landlock", "UNSUPPORTED_FILE", "landlock", marks=provokes("UNSUPPORTED_FILE")

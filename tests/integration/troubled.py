@@ -27,6 +27,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_IO_URING_SETUP, _SYS_LANDLOCK_CREATE_RULESET = 425, 444
 _PTRACE_SEIZE = 0x4206
 _PR_SET_PDEATHSIG = 1
+_CLONE_NEWNS = 0x20000
 
 
 def _syscall(number: int, *arguments: object) -> int:
@@ -86,6 +87,12 @@ def unix_outside() -> None:
         os._exit(0)
     kept.append(listener.accept())
     listener.close()
+
+
+def namespace() -> None:
+    """A mount namespace of its own."""
+    if _libc.unshare(_CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def device() -> None:
@@ -169,6 +176,7 @@ TRAINING: dict[str, Callable[[], None]] = {
         packet,
         netlink,
         unix_outside,
+        namespace,
         device,
         deleted,
     )

@@ -97,6 +97,18 @@ def test_a_folder_is_no_file_to_be_copied() -> None:
         assert [blocker.unless for blocker in said] == [()]
 
 
+@pytest.mark.provokes("MONOTONIC_CLOCK")
+def test_a_clock_that_would_go_back() -> None:
+    facts = Facts(monotonic=500.0)
+    said = compare(facts, Here(monotonic=100.0, time_namespaces=False), "b").warnings
+    assert [(w.reason, "400 s" in w.message) for w in said] == [("MONOTONIC_CLOCK", True)]
+    for here in (
+        Here(monotonic=100.0, time_namespaces=True),
+        Here(monotonic=501.0, time_namespaces=False),
+    ):
+        assert not compare(facts, here, "b").warnings
+
+
 @pytest.mark.parametrize("kind", ["users", "groups"])
 @pytest.mark.parametrize(
     ("there", "words"), [("alice", None), ("bob", "bob there"), ("", "nobody there")]

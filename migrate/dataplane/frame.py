@@ -154,6 +154,19 @@ def _nonce(part: int, sequence: int) -> bytes:
     return part.to_bytes(4, "big") + sequence.to_bytes(8, "big")
 
 
+class Room:
+    """A buffer that is used again and again, made and made larger when it must be."""
+
+    def __init__(self) -> None:
+        self._memory = memoryview(bytearray())
+
+    def of(self, size: int) -> memoryview:
+        """*size* bytes, with what was there before. What was given before is given up."""
+        if size > len(self._memory):
+            self._memory = memoryview(bytearray(size))
+        return self._memory[:size]
+
+
 class Sealer:
     """Seals frames of one lane in order. Not thread-safe.
 
@@ -164,7 +177,7 @@ class Sealer:
     def __init__(self, key: bytes, lane: Lane, *, aead: AeadFactory = AESGCM) -> None:
         self._aead = aead(key)
         self._lane = lane
-        self._payload = memoryview(bytearray(MAX_PAYLOAD + TAG))
+        self._payload = Room()
         self.sequence = 0  # of the next frame
 
     def seal(self, kind: Kind, meta: Buffer, payload: Buffer = b"") -> list[Buffer]:
@@ -189,7 +202,7 @@ class Sealer:
         self._aead.encrypt_into(_nonce(0, sequence), meta, prefix, sealed_meta)
         if not payload:
             return [head]
-        sealed = self._payload[: len(payload) + TAG]
+        sealed = self._payload.of(len(payload) + TAG)
         self._aead.encrypt_into(_nonce(1, sequence), payload, head, sealed)
         return [head, sealed]
 

@@ -6,7 +6,7 @@ import logging
 
 from migrate.dataplane import messages
 from migrate.dataplane.codecs import Decoder
-from migrate.dataplane.frame import MAX_PAYLOAD, Kind, Prefix
+from migrate.dataplane.frame import Kind, Prefix, Room
 from migrate.dataplane.messages import Codec, Run
 from migrate.dataplane.session import Session
 from migrate.dataplane.wire import FrameReader, FrameWriter
@@ -26,7 +26,8 @@ class Intake:
         self._reader = reader
         self._writer = writer
         self.placed = 0  # frames whose effect stands
-        self._packed = memoryview(bytearray(MAX_PAYLOAD))
+        self._room = Room()
+        self._packed = _NOTHING  # what came of the run under way, if it is encoded
         self._decoder = Decoder()
         self._target = _NOTHING  # where the run under way goes
         self._unacked_bytes = 0
@@ -114,14 +115,16 @@ class Intake:
         return run
 
     def _read_payload(self, run: Run, prefix: Prefix) -> None:
-        raw = run.codec is Codec.RAW
-        self._reader.payload(prefix, self._target if raw else self._packed[: prefix.payload_length])
+        self._packed = (
+            self._target if run.codec is Codec.RAW else self._room.of(prefix.payload_length)
+        )
+        self._reader.payload(prefix, self._packed)
 
     def _finish(self, run: Run, prefix: Prefix) -> None:
         if run.codec is not Codec.RAW:
-            self._decoder.decode(run.codec, self._packed[: prefix.payload_length], self._target)
+            self._decoder.decode(run.codec, self._packed, self._target)
         self._session.staging.get(run.object_id).commit(run.offset, run.length, run.digests)
-        self._target = _NOTHING
+        self._target = self._packed = _NOTHING
 
     def _acknowledge(self, prefix: Prefix) -> None:
         self._unacked_bytes += prefix.payload_length

@@ -8,12 +8,12 @@ from migrate.dataplane.access import Buffer
 from migrate.dataplane.channel import Channel, Check
 from migrate.dataplane.frame import (
     MAX_META,
-    MAX_PAYLOAD,
     PREFIX_SIZE,
     TAG,
     Kind,
     Opener,
     Prefix,
+    Room,
     Sealer,
     parse_prefix,
 )
@@ -22,14 +22,14 @@ FRAME_TIMEOUT = 30.0  # seconds for the rest of a frame that has begun
 
 
 class FrameReader:
-    """Reads the frames of one lane into buffers of its own (2 MiB)."""
+    """Reads the frames of one lane into buffers of its own, as large as they came."""
 
     def __init__(self, channel: Channel, opener: Opener) -> None:
         self._channel = channel
         self._opener = opener
         self._prefix = memoryview(bytearray(PREFIX_SIZE))
         self._meta = memoryview(bytearray(MAX_META + TAG))
-        self._payload: memoryview | None = None  # made when the first payload comes
+        self._payload = Room()
 
     @property
     def sequence(self) -> int:
@@ -51,9 +51,7 @@ class FrameReader:
 
     def payload(self, prefix: Prefix, into: memoryview) -> None:
         """Open the payload of the frame read last into *into*, of just its length."""
-        if self._payload is None:
-            self._payload = memoryview(bytearray(MAX_PAYLOAD + TAG))
-        sealed = self._payload[: prefix.payload_length + TAG]
+        sealed = self._payload.of(prefix.payload_length + TAG)
         with deadline(self._channel, FRAME_TIMEOUT):
             self._channel.receive_into(sealed)
         self._opener.open_payload(sealed, into)

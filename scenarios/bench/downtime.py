@@ -10,6 +10,8 @@ a table and plots. Of each size, medians over the turns:
 * ``prediction``: what was predicted before the freeze ÷ what it was
 * ``parts``: the sum of the downtime's parts ÷ the downtime
 * ``agent``: peak PSS of both agents without BO memory and staging, bytes
+
+Exit code 1 if a claim does not hold.
 """
 
 from __future__ import annotations
@@ -131,6 +133,19 @@ def summary(sizes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def claims(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What must hold of a summary, and whether it does."""
+    right, turns = (int(part) for part in found["predictions within 20%"].split(" of "))
+    wanted = (
+        ("downtime at most 0.2 of stop-and-copy's", found["worst ratio"] <= 0.2),
+        ("downtime at most 1.3 x the formula", found["worst formula"] <= 1.3),
+        ("9 of 10 predictions within 20%", right >= 0.9 * turns),
+        ("the parts add up", found["parts add up"]),
+        ("agent memory flat within 10%", found["agent PSS, largest ÷ smallest"] <= 1.1 / 0.9),
+    )
+    return [{"claim": claim, "holds": holds} for claim, holds in wanted]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m scenarios.bench.downtime", description=__doc__)
@@ -140,11 +155,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where tables and plots go (docs/benchmarks)")
     options = parser.parse_args(arguments)
     sizes = measure(options.sizes, options.repeat, options.link * GIGABIT)
-    result = {
+    found = summary(sizes)
+    result: dict[str, Any] = {
         "commit": commit(),
         "machine": machine(),
         "link_gbit": options.link,
-        "summary": summary(sizes),
+        "summary": found,
+        "claims": claims(found),
         "sizes": sizes,
     }
     if options.folder is not None:
@@ -159,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
         }
         write(options.folder, "downtime", result, rows, plots)
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
-    return 0
+    return 0 if all(claim["holds"] for claim in result["claims"]) else 1
 
 
 if __name__ == "__main__":

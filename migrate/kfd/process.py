@@ -45,7 +45,13 @@ from migrate.kfd.checkpoint import (
 )
 from migrate.kfd.file import KfdFile
 from migrate.kfd.guards import check_drm_fds, identify, refuse_duplicates
-from migrate.kfd.ioctl import alloc_memory, free_memory, import_dmabuf, map_memory
+from migrate.kfd.ioctl import (
+    alloc_memory,
+    free_memory,
+    get_process_apertures,
+    import_dmabuf,
+    map_memory,
+)
 from migrate.kfd.marshal import close_all
 from migrate.kfd.usermem import GuardedBuffer
 
@@ -289,8 +295,9 @@ class KfdProcess:
             try:
                 with self._errors("RESTORE", RestoreFailed):
                     self.file.ioctl(uapi.AMDKFD_IOC_CRIU_OP, args)
-            except MigrateError:
+            except MigrateError as error:
                 _close_leftovers(bo_array)
+                self._refuse_other_gpus(len(devices), error)
                 raise
             dmabufs = _take_dmabufs(list(bo_array))
             offsets = tuple(bucket.restored_offset for bucket in bo_array)
@@ -359,6 +366,18 @@ class KfdProcess:
                 )
         for filler in fillers:
             free_memory(self.file, filler)
+
+    def _refuse_other_gpus(self, wanted: int, error: MigrateError) -> None:
+        """Why RESTORE may have failed: it says EINVAL unless it restores all visible GPUs."""
+        try:
+            seen = len(get_process_apertures(self.file))
+        except OSError:
+            return
+        if seen != wanted:
+            raise RestoreFailed(
+                f"RESTORE of process {self.pid}: {seen} GPUs are visible to it, {wanted} were to"
+                " the one that was checkpointed"
+            ) from error
 
     @contextmanager
     def _errors(

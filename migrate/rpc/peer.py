@@ -31,7 +31,7 @@ from migrate.rpc.pb import peer_pb2, peer_pb2_grpc
 from migrate.topology.model import Topology
 
 SHORT = 10.0  # seconds: calls that only look or write a record
-RESTORE_BASE = 120.0  # seconds, and so many bytes a second at least:
+RESTORE_BASE = 120.0  # seconds, or --patience if that is more; and so many bytes a second at least:
 RESTORE_RATE = 50e6
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -59,6 +59,7 @@ class GrpcPeer:
         self._source = source
         self._source_address = source_address
         self._store_id = store_id
+        self._patience = RESTORE_BASE
         self._channel: grpc.Channel | None = None
 
     def examine(
@@ -103,6 +104,7 @@ class GrpcPeer:
     ) -> Reservation:
         """Ask for room. Raises AgentUnreachable, CertificateRejected, NoGpuMap and the like."""
         self.close()
+        self._patience = max(RESTORE_BASE, options.patience)
         self._channel = tls.connect(self.address, self.name, self._files)
         request = peer_pb2.ReserveRequest(
             protocol=PROTOCOL,
@@ -136,7 +138,7 @@ class GrpcPeer:
         )
         total = sum(item.size for item in order.objects)
         with self._lost():
-            reply = self._stub().Restore(request, timeout=RESTORE_BASE + total / RESTORE_RATE)
+            reply = self._stub().Restore(request, timeout=self._patience + total / RESTORE_RATE)
         return PreparedReply(
             store_id=reply.store_id,
             token=reply.token,

@@ -43,9 +43,14 @@ class KfdDouble:
         self.private = private()
         self.leave_fds_on_failure = False
         self.halves_aql = True
+        self.visible = 1  # GPUs
         self.handed_out: list[int] = []
 
     def ioctl(self, request: int, arg: ctypes.Structure) -> None:
+        if request == uapi.AMDKFD_IOC_GET_PROCESS_APERTURES_NEW:
+            apertures = uapi.kfd_ioctl_get_process_apertures_new_args
+            apertures.from_address(ctypes.addressof(arg)).num_of_nodes = self.visible
+            return
         if request != uapi.AMDKFD_IOC_CRIU_OP:
             raise OSError(errno.ENOTTY, "")
         args = uapi.kfd_ioctl_criu_args.from_address(ctypes.addressof(arg))

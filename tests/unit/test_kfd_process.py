@@ -324,6 +324,15 @@ def test_a_second_restore_never_reaches_the_kernel(
     assert node.calls == [RESTORE]
 
 
+def test_a_restore_where_more_gpus_are_visible_says_so(
+    node: KfdDouble, process: KfdProcess, render_node: int
+) -> None:
+    node.fail[RESTORE] = errno.EINVAL
+    node.visible = 8
+    with pytest.raises(RestoreFailed, match="8 GPUs are visible to it, 1 were"):
+        process.restore(a_checkpoint(), {OLD: NEW}, {NEW: render_node}, MINORS)
+
+
 def test_crossed_render_nodes_are_refused(
     node: KfdDouble, process: KfdProcess, render_node: int
 ) -> None:

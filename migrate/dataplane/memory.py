@@ -158,6 +158,7 @@ class MmapAccess:
         self._mapping: sigbus.Mapping | None = None
         self._closed = False
         self._users = 0  # copies under way
+        self._writing = threading.Lock()  # of the file: see _file_write
         self.by_file = self._readable()  # whether it is written by pwrite
 
     def _readable(self) -> bool:
@@ -242,9 +243,12 @@ class MmapAccess:
             done += count
 
     def _file_write(self, offset: int, data: memoryview) -> None:
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._fd, data[done:], self._base + offset + done)
+        # One at a time, as in the kernel, where the others would spin for the inode's lock
+        # (two threads, measured: 0.57 CPU seconds a GB, waiting here 0.36).
+        with self._writing:
+            done = 0
+            while done < len(data):
+                done += os.pwrite(self._fd, data[done:], self._base + offset + done)
 
 
 def _is_present(address: int, length: int) -> bool:

@@ -160,7 +160,7 @@ class Fuzz:
         before = self._known()
         self._feed(self._frames([(kind, meta, payload)]))
         self._check(before)
-        if self.session.refusal is not None or not self.session.staging.objects():
+        if self.session.refusal is not None or not self._is_declared():
             self.outcomes["session refused"] += 1
             self.session.close()
             self._start()
@@ -191,9 +191,12 @@ class Fuzz:
             data[at : at + length] = b"\xff" * len(data[at : at + length])
         return data
 
+    def _is_declared(self) -> bool:
+        return 1 in {o.id for o in self.session.staging.objects()}  # or a mad peer forgot it
+
     def _known(self) -> dict[int, bytes]:
         """Digest by chunk, of the bytes themselves, where the table says it is known."""
-        if not self.session.staging.objects():
+        if not self._is_declared():
             return {}
         staged = self.session.staging.get(1)
         return {
@@ -203,7 +206,7 @@ class Fuzz:
         }
 
     def _check(self, before: dict[int, bytes]) -> None:
-        if 1 not in {o.id for o in self.session.staging.objects()}:
+        if not self._is_declared():
             return
         staged = self.session.staging.get(1)
         for index, found in self._known().items():

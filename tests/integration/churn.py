@@ -4,7 +4,6 @@
 
 With --hold it has one buffer of that size instead (sparse: nothing is written to it); with
 --swap FILE it fills that, frees that once FILE exists, and a little later allocates as much again.
-With --share each buffer has a second handle.
 Each line of the log is one operation; "ok" is the last one if every buffer held what was
 written into it, wherever the program was moved meanwhile.
 """
@@ -20,8 +19,6 @@ from pathlib import Path
 import msgspec
 
 from migrate.engine.runtime import Runtime, view
-from migrate.kfd import uapi
-from migrate.kfd.ioctl import import_dmabuf
 from migrate.model import Value
 from scenarios.workloads import device
 from scenarios.workloads.device import Bo
@@ -39,7 +36,6 @@ class Record(Value):
     until: str
     hold: int
     swap: str = ""
-    share: bool = False
     swapped: bool = False
     gpus: tuple[int, ...] = ()
     bos: tuple[Bo, ...] = ()
@@ -57,14 +53,6 @@ def check(bo: Bo) -> None:
     for at in range(0, bo.size, 4096):
         if memory[at : at + 4096] != pattern(bo):
             raise SystemExit(f"churn: the buffer at {bo.address:#x} lost what was in it")
-
-
-def share(runtime: Runtime, bo: Bo) -> None:
-    """Give the buffer a second handle, as an IPC handle does."""
-    args = uapi.kfd_ioctl_export_dmabuf_args(handle=bo.handle, flags=os.O_CLOEXEC)
-    runtime.kfd.ioctl(uapi.AMDKFD_IOC_EXPORT_DMABUF, args)
-    import_dmabuf(runtime.kfd, bo.gpu_id, runtime.reserve(bo.size), args.dmabuf_fd)
-    os.close(args.dmabuf_fd)
 
 
 class Churn:
@@ -103,8 +91,6 @@ class Churn:
                     raise
                 time.sleep(0.1)
                 return self._say(record, "ENOMEM")
-            if record.share:
-                share(self.runtime, bo)
             return self._commit(
                 msgspec.structs.replace(record, bos=(*record.bos, bo), made=record.made + 1)
             )
@@ -158,7 +144,6 @@ def main() -> None:
         parser.add_argument("--until", required=True)
         parser.add_argument("--hold", type=int, default=0)
         parser.add_argument("--swap", default="")
-        parser.add_argument("--share", action="store_true")
         record = msgspec.convert(vars(parser.parse_args()), Record)
     runtime.commit(record)
     program = Churn(runtime, record)

@@ -60,10 +60,11 @@ class GpuJob:
 
     def started(self) -> dict[str, Any]:
         """Wait until it works; its status then."""
-        wait_for(self._listens, "the job does not listen")
+        wait_for(self.listens, "the job does not listen")
         return self.after(3)
 
-    def _listens(self) -> bool:
+    def listens(self) -> bool:
+        """Whether it has all it allocates."""
         found = self.host.ssh(f"grep -c ':{self.port:04X} .* 0A ' /proc/net/tcp || true")
         return found.strip() != "0"
 

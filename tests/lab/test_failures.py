@@ -112,13 +112,13 @@ def test_before_the_grant_the_source_runs_on(hosts: Hosts, pair: Pair, keep: Kee
         hog = GpuJob(cluster.hosts["b"], 7302, f"--vram {VRAM - (16 << 20)}")
         with moving(cluster, pid, "--no-precopy") as report:
             reached(cluster, "b", "destination.restoring")
-            cluster.spawn("b", hog.command)
-            hog.started()
+            taker = cluster.spawn("b", hog.command)
+            wait_for(hog.listens, "nobody takes the VRAM")  # it has it then
             resume(cluster, "b")
         reports.append(report)
         assert "ENOMEM" in json.dumps(report["failure"]), report["failure"]
         runs_on(cluster, job, pid, report)
-        hog.host.ssh(f"kill -9 {hog.ask()['pid']}")
+        hog.host.ssh(f"kill -9 {taker}")
 
         # CRIU killed in the restore, with GPU state in the copy.
         with moving(cluster, pid, "--no-precopy") as report:

@@ -29,7 +29,7 @@ def test_a_complaint_of_the_kernel_is_noticed(start_host: StartHost) -> None:
         conformance.check_kernel(host)
 
 
-@pytest.mark.parametrize("wrong", [{"gpus": 9}, {"gpus": -1}, {"vram_mb": 257}, {"vram_mb": 8}])
+@pytest.mark.parametrize("wrong", [{"gpus": 9}, {"gpus": -1}, {"vram_mb": 4097}, {"vram_mb": 8}])
 def test_a_host_that_can_not_be_is_refused(start_host: StartHost, wrong: dict[str, int]) -> None:
     with pytest.raises(LabError, match="0 to 8 GPUs"):
         start_host(HostSpec(name="b", **wrong))

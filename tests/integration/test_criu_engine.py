@@ -271,6 +271,14 @@ def copy(job: Job, what: str) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.communicate()
+        nothing_left(job.folder)
+
+
+def nothing_left(folder: Path) -> None:
+    """The group of a copy whose agent was killed with its pid namespace."""
+    group = cgroup.ours(name_of(folder))
+    group.kill()
+    group.remove()
 
 
 def line(process: subprocess.Popen[str], answer: str = "") -> str:

@@ -22,7 +22,16 @@ from migrate.engine.criu import CriuEngine
 from migrate.engine.criu_pages import PIECE
 from migrate.errors import CheckpointFailed
 from tests.integration import test_criu_engine
-from tests.integration.test_criu_engine import CRIU, Job, count, dumped, ended, line, wait_until
+from tests.integration.test_criu_engine import (
+    CRIU,
+    Job,
+    count,
+    dumped,
+    ended,
+    line,
+    nothing_left,
+    wait_until,
+)
 
 pytestmark = [*test_criu_engine.pytestmark]
 engine = test_criu_engine.engine
@@ -80,6 +89,7 @@ def test_what_a_move_takes_beyond_the_process(engine: CriuEngine, tmp_path: Path
                 assert line(there, "go") == "released"
                 assert job.runs()
                 assert job.says() == [b"same"]
+    nothing_left(tmp_path)
 
 
 def test_criu_killed_while_it_writes_pages_harms_nothing(

@@ -194,12 +194,12 @@ class Gpus:
         return [buffer.word(0) for buffer in self.counters]
 
     def pointers(self) -> list[int]:
-        """Addresses of words that the GPUs write: all read pointers, and what is counted."""
-        read = [
-            self.process.pointers.address + 16 * queue.queue_id
-            for queue in (*self.work, *self.counting)
-        ]
-        return read + [buffer.address for buffer in self.counters]
+        """Where this process has words that GPUs write: all read pointers, and what is counted."""
+        pointers = self.process.pointers.memory
+        assert pointers is not None
+        queues = (*self.work, *self.counting)
+        read = [pointers.address + 16 * queue.queue_id for queue in queues]
+        return read + [buffer.memory.address for buffer in self.counters if buffer.memory]
 
     def stop_counters(self) -> None:
         """The kernel's own register and the memory agree: nothing was lost or repeated."""

@@ -242,7 +242,8 @@ def test_secrets_are_nowhere(cluster: Cluster) -> None:
     """Keys and session secrets: in no log, journal, argument, environment or title."""
     ours = caller(cluster, cluster.certificate("a", Role.AGENT))
     got = reserve(cluster, ours, "5ec3e7")
-    job = start_job(cluster, "a", "secretive", steps=600)
+    end = cluster.folder / "secretive.end"
+    job = start_job(cluster, "a", "secretive", steps=1_000_000, options=("--until", str(end)))
     outcome = migrate(cluster, "run", "a", "b", str(job.pid))
     assert outcome.code == 0, outcome.document
     secrets = [form(got.session_secret) for form in (bytes, base64.b64encode, _hex)]
@@ -267,6 +268,7 @@ def test_secrets_are_nowhere(cluster: Cluster) -> None:
         for secret in secrets:
             assert secret not in text, name
     ours.cancel("5ec3e7", "done")
+    end.touch()
     job.result()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from migrate.cli.moves import leeway, move_arguments
 from migrate.cli.output import Output, duration, rate, size
 from migrate.cli.settings import Settings
 from migrate.client import Client
@@ -13,9 +14,7 @@ from migrate.report import Check, Prediction
 
 
 @click.command("check")
-@click.argument("source", metavar="SRC")
-@click.argument("destination", metavar="DST")
-@click.argument("pid", type=click.IntRange(min=1))
+@move_arguments
 @click.option("--no-precopy", is_flag=True, help="As of `migrate run`; the prediction differs.")
 @click.option(
     "--max-downtime",
@@ -24,27 +23,7 @@ from migrate.report import Check, Prediction
     show_default=True,
     help="Seconds; a warning if more are predicted.",
 )
-@click.option(
-    "--gpu-map",
-    default="",
-    metavar="OLD=NEW,...",
-    help="Which GPU goes where (default: the best map is searched).",
-)
-@click.option(
-    "--tcp-close",
-    is_flag=True,
-    help="Open TCP connections are no obstacle: the copy finds them closed, and so do those at"
-    " the other end. Only with the engine criu.",
-)
-@click.option(
-    "--copy-file",
-    "copy_files",
-    multiple=True,
-    metavar="GLOB",
-    help="Send files of the process whose path matches (a * also stands for slashes) where the"
-    " destination has none or another one, which is replaced. Only with the engine criu.",
-)
-@click.option("--relax", multiple=True, metavar="RULE", help="Leave out one topology rule.")
+@leeway
 @click.pass_obj
 def check_command(
     settings: Settings,

@@ -6,6 +6,7 @@ import click
 
 from migrate.cli.check import show
 from migrate.cli.following import follow
+from migrate.cli.moves import leeway, move_arguments
 from migrate.cli.output import Output
 from migrate.cli.reporting import render
 from migrate.cli.settings import Settings
@@ -19,9 +20,7 @@ SCHEMA_STARTED = "migrate.started/1"
 
 
 @click.command("run")
-@click.argument("source", metavar="SRC")
-@click.argument("destination", metavar="DST")
-@click.argument("pid", type=click.IntRange(min=1))
+@move_arguments
 @click.option("--no-precopy", is_flag=True, help="Stop the process first, then copy everything.")
 @click.option(
     "--max-downtime",
@@ -75,27 +74,7 @@ SCHEMA_STARTED = "migrate.started/1"
     " released. A copy that does nothing though it did something before is ended and the source"
     " runs on: what it did since the freeze may be done again. Refused if it has connections.",
 )
-@click.option(
-    "--gpu-map",
-    default="",
-    metavar="OLD=NEW,...",
-    help="Which GPU goes where (default: the best map is searched).",
-)
-@click.option(
-    "--tcp-close",
-    is_flag=True,
-    help="Open TCP connections are no obstacle: the copy finds them closed, and so do those at"
-    " the other end. Only with the engine criu.",
-)
-@click.option(
-    "--copy-file",
-    "copy_files",
-    multiple=True,
-    metavar="GLOB",
-    help="Send files of the process whose path matches (a * also stands for slashes) where the"
-    " destination has none or another one, which is replaced. Only with the engine criu.",
-)
-@click.option("--relax", multiple=True, metavar="RULE", help="Leave out one topology rule.")
+@leeway
 @click.option("--dry-run", is_flag=True, help="Only check and predict, as `migrate check` does.")
 @click.option(
     "--wait/--no-wait",

@@ -52,6 +52,8 @@ CALL = 10.0  # seconds for a call that only looks
 START = 30.0  # seconds for a call that starts a migration
 RECONNECT = 30.0  # seconds that an agent may be away while we watch
 AGAIN = 0.5  # seconds between attempts to reach it, and between looks of wait()
+PADDING = 8 << 20  # bytes of the call that measures the way
+MEASURES = 3  # of which the fastest counts
 
 T = TypeVar("T")
 
@@ -98,6 +100,12 @@ def agent(inventory: Inventory, name: str) -> Iterator[AgentStub]:
         translated(lambda said: _explained(said, host, inventory.tls)),
     ):
         yield AgentStub(channel)
+
+
+def _seconds(stub: AgentStub, request: agent_pb2.InfoRequest) -> float:
+    started = time.perf_counter()
+    stub.Info(request, timeout=CALL)
+    return time.perf_counter() - started
 
 
 def _explained(said: str, host: Host, files: TlsFiles) -> MigrateError:
@@ -165,6 +173,17 @@ class Client:
             available_memory=reply.available_memory,
             hides_gpus=reply.hides_gpus,
         )
+
+    def measure(self, host: str) -> float:
+        """Bytes a second from here to the agent, by gRPC over mTLS, some MiB of them.
+
+        The chunk streams of a migration are faster: it is what the link can do at least.
+        """
+        padded = agent_pb2.InfoRequest(padding=secrets.token_bytes(PADDING))
+        with self._agent(host) as stub:
+            empty = min(_seconds(stub, agent_pb2.InfoRequest()) for _ in range(MEASURES))
+            full = min(_seconds(stub, padded) for _ in range(MEASURES))
+        return PADDING / max(full - empty, 1e-6)
 
     def processes(self, host: str) -> list[ProcessRow]:
         """The processes that use KFD there."""

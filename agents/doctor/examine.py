@@ -18,6 +18,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("staging", machine.memory),
     ("clock", machine.clock),
     ("network", machine.network),
+    ("network_rate", machine.network_rate),
 )
 
 

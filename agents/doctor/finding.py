@@ -41,6 +41,7 @@ class Patient(Value):
     paths: HostPaths
     simulated: bool = False
     peer: str = ""  # host:port of another agent
+    measure: Callable[[], float] | None = None  # bytes a second to it; raises MigrateError
 
 
 class Report(Value):

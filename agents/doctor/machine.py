@@ -215,10 +215,20 @@ def network(patient: Patient) -> Iterable[Finding]:
         found=f"{patient.peer} answers in {trip * 1e3:.1f} ms, segments of {mtu} bytes",
         data={"connect_seconds": trip, "segment": mtu},
     )
-    yield unseen(
-        "network_rate",
-        "a rate takes two ends",
-        "`migrate check SRC DST PID` measures the link between two agents.",
+
+
+def network_rate(patient: Patient) -> Iterable[Finding]:
+    """What the link to the peer carries at least."""
+    if patient.measure is None:
+        yield unseen("network_rate", "no peer was named", "Name a host of the inventory.")
+        return
+    rate = patient.measure()
+    yield Finding(
+        name="network_rate",
+        status=Status.OK,
+        found=f"at least {rate / (1 << 20):.0f} MiB/s to {patient.peer}, by one encrypted call;"
+        " `migrate check SRC DST PID` measures by what a migration uses",
+        data={"bytes_per_second": rate},
     )
 
 

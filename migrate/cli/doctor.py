@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import click
+import msgspec
 
 from agents.doctor.examine import examine
 from agents.doctor.finding import Patient, Report, Status
 from migrate.cli.output import Output
 from migrate.cli.settings import Settings
+from migrate.client import Client
 from migrate.errors import HostUnfit
 from migrate.model import HostPaths
 
@@ -22,9 +24,17 @@ def doctor_command(settings: Settings, host: str | None, root: str | None) -> in
     Needs no agent here and changes nothing. Ends with 0, or 22 (HOST_UNFIT) if something
     here makes migrations impossible.
     """
-    peer = settings.inventory.host(host).address if host else ""
-    paths = HostPaths.under(root) if root else HostPaths()
-    report = examine(Patient(paths=paths, simulated=bool(root), peer=peer))
+    patient = Patient(paths=HostPaths.under(root) if root else HostPaths(), simulated=bool(root))
+    if host:
+        inventory = settings.inventory
+
+        def measure() -> float:
+            with Client(inventory) as client:
+                return client.measure(host)
+
+        address = inventory.host(host).address
+        patient = msgspec.structs.replace(patient, peer=address, measure=measure)
+    report = examine(patient)
     if settings.output.json:
         settings.output.document(report)
     else:

@@ -18,15 +18,20 @@ from agents.hook import NAME
 from migrate.engine import cgroup
 from migrate.engine.criu import HOOK
 from migrate.errors import CgroupUnusable, HostUnfit, KfdUnavailable
+from migrate.inventory import Inventory, load, to_toml
 from migrate.kfd.sysfs import read_topology
 from migrate.model import HostPaths
+from migrate.rpc.ca import Role, create_ca, issue
+from scenarios.cluster import LOOPBACK, Cluster
 from tests.conformance.hosts import simulated_host
 
 pytestmark = pytest.mark.timeout(300)
 
 
-def ask(*arguments: str) -> tuple[int, dict[str, Any]]:
-    command = [sys.executable, "-m", "migrate", "doctor", "--json", *arguments]
+def ask(*arguments: str, inventory: Path | None = None) -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, "-m", "migrate", "--json"]
+    command += ["--inventory", str(inventory)] if inventory else []
+    command += ["doctor", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     document: dict[str, Any] = json.loads(done.stdout)
     return done.returncode, document
@@ -73,6 +78,30 @@ def test_a_simulated_host_is_seen_whole() -> None:
 def test_a_peer_that_does_not_listen_is_a_failure(tmp_path: Path) -> None:
     report = examine(Patient(paths=HostPaths.under(tmp_path), peer="127.0.0.1:1"))
     assert by_name(report)["network"].status is Status.FAIL
+
+
+def test_the_way_to_a_peer_is_measured() -> None:
+    with Cluster.temporary() as cluster:
+        cluster.add_host("a")
+        _, document = ask("--root", str(cluster.hosts["a"].root), "a", inventory=cluster.inventory)
+    found = {finding["name"]: finding for finding in document["findings"]}
+    assert found["network"]["status"] == found["network_rate"]["status"] == "ok"
+    assert found["network_rate"]["data"]["bytes_per_second"] > 0
+
+
+def test_a_peer_that_shows_another_certificate_is_not_measured() -> None:
+    with Cluster.temporary() as cluster:
+        cluster.add_host("a")
+        strangers = create_ca(cluster.folder / "strangers")
+        files = issue(
+            strangers, "operator", Role.OPERATOR, cluster.folder / "other", hosts=[LOOPBACK]
+        )
+        hosts = load(cluster.inventory).hosts
+        path = cluster.folder / "other.toml"
+        path.write_text(to_toml(Inventory(tls=files, hosts=hosts)))
+        _, document = ask("--root", str(cluster.hosts["a"].root), "a", inventory=path)
+    found = {finding["name"]: finding for finding in document["findings"]}
+    assert found["network_rate"]["status"] == "unseen"
 
 
 def test_cgroup_v2_counts_wherever_it_is_mounted(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import msgspec
 from agents.resolving import resolve
 from migrate import faults as fault_points
 from migrate.errors import JournalUnusable, MigrateError, UnknownMigration, UsageError
+from migrate.faults import InjectedFault
 from migrate.model import Value
 from migrate.orchestrator.plan import Options
 from migrate.status import DestinationState, SourceState
@@ -241,6 +242,8 @@ class World:
             except (UsageError, UnknownMigration, JournalUnusable) as error:
                 self.tell(f"{agent.node.name}: no decision: {error}")
                 refused()
+            except InjectedFault:
+                self.tell(f"{agent.node.name}: decided; the rest fails now, and is gone on with")
 
         self.scheduler.start("operator", agent, act)
 

@@ -93,6 +93,14 @@ class _Helper:
             raise
         self.connection = Connection(ours)
 
+    def answers(self) -> bool:
+        """Whether one that holds nothing is alive; to wait(2), one that is dying still is."""
+        try:
+            self.connection.ask(Kind.DONE)
+        except OSError:
+            return False
+        return True
+
     def close(self) -> None:
         """One that was not told DONE undoes; it ends in any case. Idempotent."""
         self.connection.close()
@@ -118,7 +126,7 @@ class _Spare:
         """The one that waits, or a new one. Raises OSError."""
         found = self._remove()
         if found is not None:
-            if found.kfd == paths.kfd and found.process.poll() is None:
+            if found.kfd == paths.kfd and found.answers():
                 return found
             found.close()
         return _Helper(paths)

@@ -49,19 +49,24 @@ def follow(inventory: Inventory, host: str, migration: str, output: Output) -> R
                     shown.update(event)
                     if event.owner is Owner.UNKNOWN:
                         break
-            return _final(inventory, host, migration)
+            found = _final(inventory, host, migration)
+            if found is not None:
+                return found
         except KeyboardInterrupt:
             _asked(inventory, host, migration, output)
 
 
-def _final(inventory: Inventory, host: str, migration: str) -> Report:
-    """The report: the event of the end may be a moment ahead of it."""
+def _final(inventory: Inventory, host: str, migration: str) -> Report | None:
+    """The report: the event of the end may be a moment ahead of it. None if it goes on."""
     deadline = time.monotonic() + CALL
-    while True:
+    while time.monotonic() < deadline:
         found = report(inventory, host, migration)
-        if found.status in ENDED or found.owner is Owner.UNKNOWN or time.monotonic() > deadline:
+        # An agent that was just restarted does not know the owner either, for a moment.
+        unknown = found.owner is Owner.UNKNOWN and found.failure is not None
+        if found.status in ENDED or unknown:
             return found
         time.sleep(0.05)
+    return None
 
 
 def _asked(inventory: Inventory, host: str, migration: str, output: Output) -> None:

@@ -6,7 +6,7 @@ from agents.destination import Destinations
 from agents.source import Sources
 from migrate.errors import UnknownMigration
 from migrate.rpc.pb.agent_pb2 import AbortReply
-from migrate.status import SourceState
+from migrate.status import SOURCE_FINAL, SourceState
 
 Outcome = AbortReply.Outcome
 
@@ -22,7 +22,7 @@ def abort(
     if destination is None:
         raise _unknown(here, destinations, migration)
     state = sources.state(migration)
-    if state in (SourceState.DONE, SourceState.ROLLED_BACK):
+    if state in SOURCE_FINAL:
         report = sources.report(migration)
         text = f"it has ended: {report.status}, the process is at: {report.running}"
         return AbortReply.ALREADY_ENDED, text

@@ -34,7 +34,7 @@ from migrate.orchestrator.peer import Examined, Peer, Session
 from migrate.orchestrator.plan import Needs, Options
 from migrate.orchestrator.preflight import check_room, choose_map, examine
 from migrate.preflight.facts import Facts
-from migrate.status import DestinationState, SourceState
+from migrate.status import DESTINATION_FINAL, MAY_RUN, UNGRANTED, DestinationState, SourceState
 from migrate.topology.model import Topology
 
 _log = logging.getLogger(__name__)
@@ -47,18 +47,6 @@ MAX_SAMPLES, MAX_SAMPLE = 8, 16 << 20  # at once, bytes each
 RESERVATION_LIFE = 300.0  # seconds a reservation outlives a source that can't be reached
 REMEMBERED = 600.0  # seconds that an ended migration is kept in memory; the journal keeps it
 
-UNGRANTED = frozenset(
-    {DestinationState.RESERVED, DestinationState.RESTORING, DestinationState.PREPARED}
-)
-RUNS_HERE = frozenset({DestinationState.OWNED, DestinationState.CONFIRMED})
-HAS_ENDED = frozenset(
-    {
-        DestinationState.ABORTED,
-        DestinationState.REFUSED,
-        DestinationState.REVOKED,
-        DestinationState.OWNED_DEAD,
-    }
-)
 # A source that reclaimed had granted, and this copy was revoked: nothing to be asked about.
 NOT_GRANTED = frozenset({SourceState.UNDOING, SourceState.ROLLED_BACK})
 
@@ -348,4 +336,4 @@ def _is_over(migration: DestinationMigration) -> bool:
     state = migration.machine.state
     if migration.unfinished:
         return False
-    return state in HAS_ENDED or (state in RUNS_HERE and not migration.is_present())
+    return state in DESTINATION_FINAL or (state in MAY_RUN and not migration.is_present())

@@ -20,7 +20,7 @@ from agents.processes import list_processes
 from migrate.errors import MigrateError, UsageError
 from migrate.inventory import split_address
 from migrate.report import PeakMemory, Report
-from migrate.status import ENDED, DestinationState, Owner, Status
+from migrate.status import ENDED, MAY_RUN, DestinationState, Owner, Status
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -220,8 +220,7 @@ class AgentCollector(Collector):
         for state in DestinationState:
             copies.add_metric([state], sum(found is state for found, _ in states))
         yield copies
-        own = (DestinationState.OWNED, DestinationState.CONFIRMED)
-        owned = sum(state in own and there for state, there in states)
+        owned = sum(state in MAY_RUN and there for state, there in states)
         yield _gauge("migrate_owned_copies", "Processes that came here, are owned and live.", owned)
 
     def _machine(self) -> Iterator[Metric]:

@@ -24,7 +24,7 @@ from migrate.orchestrator.plan import Options
 from migrate.orchestrator.source import SourceMigration, check, unpause
 from migrate.orchestrator.source_handover import StateRecord, is_paused, note_unpaused
 from migrate.report import Check, End, Report
-from migrate.status import SourceState
+from migrate.status import SOURCE_FINAL, SourceState
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +39,6 @@ UNFINISHED = frozenset(
         SourceState.UNDOING,
     }
 )
-ENDED_STATES = frozenset({SourceState.DONE, SourceState.ROLLED_BACK})
 REMEMBERED = 100  # ended migrations whose events can still be followed; the journal keeps all
 
 
@@ -190,7 +189,7 @@ class Sources:
         machine = SourceHandover(SourceState.SETUP)
         if state is not None:
             machine = SourceHandover(state.state, state.token, state.store_id)
-        ended = state is not None and state.state in ENDED_STATES
+        ended = state is not None and state.state in SOURCE_FINAL
         if ended and self._host.journal.last(migration, "report") is not None:
             return None
         built = self._build(migration, request.decode(RequestRecord), machine)
@@ -299,7 +298,7 @@ class Sources:
             ended = [
                 m.id
                 for m in self._live.values()
-                if m.id not in running and m.side.machine.state in ENDED_STATES
+                if m.id not in running and m.side.machine.state in SOURCE_FINAL
             ]
             for migration in ended[: max(len(ended) - keep, 0)]:
                 del self._live[migration], self._threads[migration]

@@ -106,6 +106,13 @@ DESTINATION_TRANSITIONS: Mapping[DestinationState | None, frozenset[DestinationS
     _D.OWNED_DEAD: frozenset(),
 }
 
+UNGRANTED = frozenset({_D.RESERVED, _D.RESTORING, _D.PREPARED})
+MAY_RUN = frozenset({_D.OWNED, _D.CONFIRMED})
+NEVER_RAN = frozenset({_D.REFUSED, _D.ABORTED})
+# From these no state leads on.
+SOURCE_FINAL = frozenset(s for s, after in SOURCE_TRANSITIONS.items() if s and not after)
+DESTINATION_FINAL = frozenset(s for s, after in DESTINATION_TRANSITIONS.items() if s and not after)
+
 S = TypeVar("S", SourceState, DestinationState)
 
 

@@ -56,7 +56,7 @@ from migrate.orchestrator.objects import vram_of
 from migrate.orchestrator.peer import GrantReply, PreparedReply
 from migrate.orchestrator.plan import Activity, BoKey, ObjectOrder, RestoreOrder
 from migrate.report import DestinationFigures
-from migrate.status import DestinationState
+from migrate.status import NEVER_RAN, DestinationState
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +66,6 @@ _BEFORE_WRITE = {
     DestinationState.PREPARED: "destination.prepared.before-write",
     DestinationState.OWNED: "destination.owned.before-write",
 }
-_NEVER_RAN = frozenset({DestinationState.REFUSED, DestinationState.ABORTED})
 _AFTER_WRITE = {
     DestinationState.RESERVED: "destination.reserved",
     DestinationState.RESTORING: "destination.restoring",
@@ -311,7 +310,7 @@ class DestinationMigration:
                     self._write(effect)
                 case Kill():
                     self._kill()
-                    if self.machine.state not in _NEVER_RAN:  # else: a start that makes sure
+                    if self.machine.state not in NEVER_RAN:  # else: a start that makes sure
                         faults.point("destination.killed")
                     came.append(Done())
                 case Start():

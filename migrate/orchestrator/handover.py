@@ -60,7 +60,10 @@ from typing import TypeAlias
 from migrate.model import Value
 from migrate.status import (
     DESTINATION_TRANSITIONS,
+    MAY_RUN,
+    NEVER_RAN,
     SOURCE_TRANSITIONS,
+    UNGRANTED,
     DestinationState,
     SourceState,
     advance,
@@ -326,11 +329,6 @@ class SourceHandover:
         return ()
 
 
-_UNGRANTED = frozenset(
-    {DestinationState.RESERVED, DestinationState.RESTORING, DestinationState.PREPARED}
-)
-_NEVER_RAN = frozenset({DestinationState.REFUSED, DestinationState.ABORTED})
-_OWNS = frozenset({DestinationState.OWNED, DestinationState.CONFIRMED})
 _ENDS_IT = frozenset({DestinationState.REFUSING, DestinationState.REVOKING})
 
 
@@ -373,7 +371,7 @@ class DestinationHandover:
                 return self._granted(token)
             case RevokeCame() | SeenAlive() | SeenSuspect():
                 return self._kept(event)
-            case CancelCame() | Failed() if self.state in _UNGRANTED:
+            case CancelCame() | Failed() if self.state in UNGRANTED:
                 return (Kill(), self.to(DestinationState.ABORTED))
             case FirstResumeFailed() if self.state is DestinationState.OWNED:
                 # Nothing ran and nobody was told OWNED: it may still be refused. The record
@@ -385,7 +383,7 @@ class DestinationHandover:
                 return (self.to(DestinationState.REVOKED), Reply(answer=Answer.REVOKED))
             case Resolved(source_owns=False):
                 return self._resolved()
-            case CopyDied() if self.state in _OWNS:
+            case CopyDied() if self.state in MAY_RUN:
                 return (self.to(DestinationState.OWNED_DEAD), Reply(answer=Answer.OWNED_DEAD))
             case Restarted(copy_present=present):
                 return self._restarted(present)
@@ -394,7 +392,7 @@ class DestinationHandover:
     def _granted(self, token: bytes) -> tuple[DestinationEffect, ...]:
         if self.state is None:
             return (Reply(answer=Answer.NO_RECORD),)
-        if self.state in _NEVER_RAN:
+        if self.state in NEVER_RAN:
             return (Reply(answer=Answer.REFUSED),)
         if self.state in _ENDS_IT:
             return (Kill(),)
@@ -407,7 +405,7 @@ class DestinationHandover:
             DestinationState.RESTORING,
         }:
             return ()  # TOKEN: not the grant of this copy
-        if self.state in _OWNS:
+        if self.state in MAY_RUN:
             return (Start(), Reply(answer=self._what_it_is()))
         return (
             self.to(DestinationState.OWNED),
@@ -452,11 +450,11 @@ class DestinationHandover:
         return self._granted(token)
 
     def _restarted(self, copy_present: bool) -> tuple[DestinationEffect, ...]:
-        if self.state in _UNGRANTED:
+        if self.state in UNGRANTED:
             return (Kill(), self.to(DestinationState.ABORTED))
-        if self.state in _NEVER_RAN | _ENDS_IT or self.state is DestinationState.REVOKED:
+        if self.state in NEVER_RAN | _ENDS_IT or self.state is DestinationState.REVOKED:
             return (Kill(),)  # leavings of a crash between the record and the kill
-        if self.state in _OWNS:
+        if self.state in MAY_RUN:
             if copy_present:
                 return (Start(),)
             return (self.to(DestinationState.OWNED_DEAD),)

@@ -44,7 +44,7 @@ from migrate.rpc.explain import explain_failure
 from migrate.rpc.pb import agent_pb2
 from migrate.rpc.pb.agent_pb2_grpc import AgentStub
 from migrate.rpc.tls import open_channel
-from migrate.status import ENDED, Owner
+from migrate.status import ENDED
 from migrate.topology.model import Topology
 
 REQUEST_SCHEMA = "migrate.request/1"
@@ -323,9 +323,7 @@ class Client:
             try:
                 report = self.show(source, migration)
                 away = None
-                # In every handover the owner is unknown for a moment; a failure says for longer.
-                unknown = report.owner is Owner.UNKNOWN and report.failure is not None
-                if report.status in ENDED or unknown:
+                if report.status in ENDED or report.is_undecided:
                     return report
             except AgentUnreachable:
                 away = time.monotonic()

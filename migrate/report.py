@@ -206,6 +206,14 @@ class Report(Value):
     failure: Failure | None = None
     schema: str = REPORT_SCHEMA
 
+    @property
+    def is_undecided(self) -> bool:
+        """Only an operator can name the owner, unless the destination answers after all.
+
+        In every handover the owner is unknown for a moment; a failure says for longer.
+        """
+        return self.owner is Owner.UNKNOWN and self.failure is not None
+
 
 class Check(Value):
     """What ``migrate check`` says. ``seconds``: how long it took to find out."""

@@ -61,9 +61,7 @@ def _final(inventory: Inventory, host: str, migration: str) -> Report | None:
     deadline = time.monotonic() + CALL
     while time.monotonic() < deadline:
         found = report(inventory, host, migration)
-        # An agent that was just restarted does not know the owner either, for a moment.
-        unknown = found.owner is Owner.UNKNOWN and found.failure is not None
-        if found.status in ENDED or unknown:
+        if found.status in ENDED or found.is_undecided:
             return found
         time.sleep(0.05)
     return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -137,6 +138,15 @@ class Places:
         os.replace(new, self._record)
 
 
+def _parts(file: CopiedFile, contents: MemoryAccess) -> Iterator[memoryview]:
+    """The contents in order; each part is gone with the next one."""
+    data = memoryview(bytearray(_STEP))
+    for at in range(0, file.size, _STEP):
+        part = data[: min(_STEP, file.size - at)]
+        contents.read(at, part)
+        yield part
+
+
 def _same(file: CopiedFile, contents: MemoryAccess) -> bool:
     """Whether the file is there with these contents: the same one on a shared file system, too."""
     try:
@@ -147,13 +157,7 @@ def _same(file: CopiedFile, contents: MemoryAccess) -> bool:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size != file.size:
             return False
-        wanted = bytearray(_STEP)
-        for at in range(0, file.size, _STEP):
-            part = memoryview(wanted)[: min(_STEP, file.size - at)]
-            contents.read(at, part)
-            if there.read(len(part)) != part:
-                return False
-    return True
+        return all(there.read(len(part)) == part for part in _parts(file, contents))
 
 
 def _write(path: str, file: CopiedFile, contents: MemoryAccess) -> None:
@@ -161,10 +165,7 @@ def _write(path: str, file: CopiedFile, contents: MemoryAccess) -> None:
         os.unlink(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     with open(os.open(path, flags, 0o600), "wb") as target:
-        data = bytearray(_STEP)
-        for at in range(0, file.size, _STEP):
-            part = memoryview(data)[: min(_STEP, file.size - at)]
-            contents.read(at, part)
+        for part in _parts(file, contents):
             target.write(part)
         target.flush()
         os.fchown(target.fileno(), file.uid, file.gid)

@@ -63,9 +63,11 @@ class CpuSide:
         self.orders = (*pieces, *rest)
         yield from self._open.enter_context(
             opened(
-                *(rest, (), self._vram, None),
-                lambda wanted: self._engine.memory(self._process, wanted),
-                lambda wanted: self._engine.blob(self._process, wanted),
+                rest,
+                (),
+                self._vram,
+                cpu=lambda wanted: self._engine.memory(self._process, wanted),
+                blob=lambda wanted: self._engine.blob(self._process, wanted),
             )
         )
 

@@ -33,7 +33,7 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -59,6 +59,7 @@ _PR_SET_PTRACER = 0x59616D61
 _PR_SET_PTRACER_ANY = 2**64 - 1
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Runtime:
@@ -115,6 +116,12 @@ class Runtime:
     def commit(self, state: object) -> None:
         """Replace the record: an immutable value that msgspec can encode."""
         self._state = state
+
+    def drive(self, record: R, advance: Callable[[R], R | None]) -> None:
+        """Commit each record that *advance* makes of the one before, until it makes none."""
+        while (after := advance(record)) is not None:
+            record = after
+            self.commit(record)
 
     @contextlib.contextmanager
     def indivisible(self) -> Iterator[None]:

@@ -433,10 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif runtime.restored:
         record = replace(record, pids=(*record.pids, os.getpid()))
     runtime.commit(record)
-    program = Training(runtime, record.config)
-    while (after := program.advance(record)) is not None:
-        record = after
-        runtime.commit(record)
+    runtime.drive(record, Training(runtime, record.config).advance)
 
 
 if __name__ == "__main__":

@@ -146,10 +146,7 @@ def main() -> None:
         parser.add_argument("--swap", default="")
         record = msgspec.convert(vars(parser.parse_args()), Record)
     runtime.commit(record)
-    program = Churn(runtime, record)
-    while (after := program.advance(record)) is not None:
-        record = after
-        runtime.commit(record)
+    runtime.drive(record, Churn(runtime, record).advance)
 
 
 if __name__ == "__main__":

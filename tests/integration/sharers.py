@@ -253,10 +253,7 @@ def main() -> None:
             parent=os.getppid() if options.offer != "null" else 0,
         )
     runtime.commit(record)
-    program = Sharer(runtime, record)
-    while (after := program.advance(record)) is not None:
-        record = after
-        runtime.commit(record)
+    runtime.drive(record, Sharer(runtime, record).advance)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def decide(
         return verdict(Decision.AGAIN, "one round shows no dirty rate yet")
     if predicted <= policy.max_downtime:
         return verdict(Decision.STOP_AND_COPY, "the predicted downtime is within the limit")
-    if last.changed >= NO_PROGRESS * max(1, rounds[-2].changed):
+    if last.changed >= NO_PROGRESS * rounds[-2].changed:
         if policy.throttle and not throttled:
             return verdict(Decision.THROTTLE, "no progress: the workload is slowed down")
         return no_use("another round would not make it shorter")

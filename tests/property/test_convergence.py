@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from migrate.orchestrator.convergence import Costs, Decision, Policy, decide, predict
@@ -40,6 +40,7 @@ def test_it_ends_within_the_round_limit(history: list[int], limit: float, most: 
 
 
 @given(HISTORIES, st.floats(0, 10))
+@example([0, 0], 0.0)  # nothing changes: no round can do better
 def test_another_round_is_made_only_where_the_last_one_helped(
     history: list[int], limit: float
 ) -> None:

@@ -88,7 +88,9 @@ class Trampoline:
         }
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the agent decides
         if not serve(channel, handlers) or self._finish is None:
-            sys.exit("the agent broke off: this copy was never released")
+            # One write: the copies of a tree share an output, and lines must not mix.
+            os.write(2, b"the agent broke off: this copy was never released\n")
+            sys.exit(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         return self._finish
 

@@ -182,6 +182,60 @@ def test_an_imported_dmabuf_is_the_same_memory(node: Host, elsewhere: bool) -> N
     assert node.run(_import, elsewhere) == [PAGE, 0, 1]
 
 
+# ---------------------------------------------------------------- VRAM that stays populated
+
+
+def _dmabuf(p: Process, handle: int) -> int:
+    export = uapi.kfd_ioctl_export_dmabuf_args(handle=handle, flags=os.O_CLOEXEC)
+    p.kfd.ioctl(uapi.AMDKFD_IOC_EXPORT_DMABUF, export)
+    return int(export.dmabuf_fd)
+
+
+def _vram_again(link: Link, sizes: list[int], hold: int) -> list[tuple[int, bytes, bool]]:
+    """Of each BO, written full and freed before the next: bytes populated, what its last bytes
+    were, and whether it is the one *hold*, whose dmabuf is kept."""
+    p = Process(link.paths)
+    found, kept = [], -1
+    for number, size in enumerate(sizes):
+        bo = p.alloc(p.gpu_ids[0], size, gpus=[])
+        fd = _dmabuf(p, bo.handle)
+        status = os.fstat(fd)
+        same = kept >= 0 and os.fstat(kept).st_ino == status.st_ino
+        populated = status.st_blocks * 512
+        found.append((populated, bo.read(size - 4, 4), same))
+        bo.write(0, b"used" * (size // 4))
+        assert bo.memory is not None
+        bo.memory.close()
+        if number == hold:
+            kept = fd
+        else:
+            os.close(fd)
+        p.free(bo)
+    if kept >= 0:
+        assert os.pread(kept, 4, 0) == b"used"
+        os.close(kept)
+    return found
+
+
+def test_freed_vram_stays_populated_and_is_zero_up_to_the_limit() -> None:
+    mib = 1 << 20
+    new, again = (0, bytes(4), False), (mib, bytes(4), False)
+    with simulated_host("--kfd-minor", "12", "--populated", str(4 * mib)) as host:
+        assert host.run(_vram_again, [mib, mib, 8 * mib, mib], -1) == [new, again, new, new]
+
+
+def test_vram_that_somebody_holds_is_not_given_to_another_bo() -> None:
+    mib = 1 << 20
+    new, again = (0, bytes(4), False), (mib, bytes(4), False)
+    with simulated_host("--kfd-minor", "12", "--populated", str(4 * mib)) as host:
+        assert host.run(_vram_again, [mib, mib, mib], 0) == [new, new, again]
+
+
+def test_vram_is_given_back_where_nothing_is_said(node: Host) -> None:
+    new = (0, bytes(4), False)
+    assert node.run(_vram_again, [1 << 20, 1 << 20], -1) == [new, new]
+
+
 # ---------------------------------------------------------------- drills and options
 
 

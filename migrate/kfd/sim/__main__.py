@@ -34,6 +34,13 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kfd-minor", type=int, choices=(11, 12), default=11)
     parser.add_argument("--bo-record", type=int, choices=(80, 272), default=80)
     parser.add_argument("--svm", action="store_true", help="processes may have SVM ranges")
+    parser.add_argument(
+        "--populated",
+        type=int,
+        default=0,
+        help="bytes of each GPU's VRAM whose pages, once touched, stay when they are freed, as a"
+        " card's do (default: none; each BO's are touched for the first time)",
+    )
     parser.add_argument("--ready-fd", type=int, help="a byte is written there when usable")
     parser.add_argument("--parent-fd", type=int, help="end when this pipe's other end is closed")
     return parser.parse_args(arguments)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from migrate.kfd.sim.callers import start_time_of
 from migrate.kfd.sim.faults import Faults
-from migrate.kfd.sim.memory import AddressSpace, Backing, Bo, align_up
+from migrate.kfd.sim.memory import AddressSpace, Backing, Bo, FreeVram, align_up
 from migrate.kfd.sim.process import DeviceData, SimProcess
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Gpu:
     """One GPU of the host."""
 
     spec: TreeGpu
+    free: FreeVram
     engine: Engine | None = None
     vram_used: int = 0
     vram_used_aligned: int = 0  # each BO as whole 2 MiB
@@ -69,12 +70,13 @@ class Host:
     """State of the node. Everything in it is touched under ``lock`` only."""
 
     def __init__(self, root: Path, gpus: tuple[TreeGpu, ...], *, allow_unprivileged: bool,
-                 interface_minor: int, bo_record_size: int, svm: bool) -> None:  # fmt: skip
+                 interface_minor: int, bo_record_size: int, svm: bool,
+                 populated: int) -> None:  # fmt: skip
         self.root = root
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)  # events, ends of processes
         self.engines = threading.Condition(self.lock)  # an engine stopped working
-        self.gpus = tuple(Gpu(spec) for spec in gpus)
+        self.gpus = tuple(Gpu(spec, FreeVram(populated)) for spec in gpus)
         self.allow_unprivileged = allow_unprivileged
         self.interface_minor = interface_minor
         self.bo_record_size = bo_record_size
@@ -191,12 +193,14 @@ class Host:
 
     # ------------------------------------------------------------ VRAM
 
-    def reserve_vram(self, gpu: Gpu, size: int) -> None:
-        """Raises OSError(ENOMEM) if the GPU has no *size* bytes left."""
+    def allocate_vram(self, gpu: Gpu, size: int) -> Backing:
+        """VRAM for a BO, zero. Raises OSError(ENOMEM) if the GPU has no *size* bytes left."""
         self.reap_orphans(gpu)
         if gpu.vram_used + size > gpu.spec.vram_bytes - self._page_table_reserve():
             raise OSError(errno.ENOMEM, "VRAM is full")
+        backing = gpu.free.take(size, gpu.vram_used + size) or Backing("kfd-vram", size, gpu)
         self._use_vram(gpu, size)
+        return backing
 
     def reap_orphans(self, gpu: Gpu) -> None:
         """Take back freed memory that nobody holds any more."""
@@ -204,7 +208,7 @@ class Host:
             if not backing.is_held():
                 gpu.orphans.remove(backing)
                 self._use_vram(gpu, -backing.size)
-                backing.close()
+                gpu.free.put(backing, gpu.vram_used)
 
     def _same(self, bo: Bo) -> Iterator[Bo]:
         """All handles of its buffer on its GPU, in any process."""

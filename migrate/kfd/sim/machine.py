@@ -39,6 +39,7 @@ def build_host(root: Path, options: argparse.Namespace) -> Host:
         interface_minor=options.kfd_minor,
         bo_record_size=options.bo_record,
         svm=options.svm,
+        populated=options.populated,
     )
     (root / "sys" / "proc").mkdir(parents=True, exist_ok=True)
     for gpu in host.gpus:

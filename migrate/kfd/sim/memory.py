@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from migrate.kfd.sim.process import DeviceData, SimProcess
 
 PAGE = 4096
+_ZEROS = memoryview(bytes(2 << 20))
 Bytes = NDArray[np.uint8]
 
 
@@ -86,10 +87,54 @@ class Backing:
         """Drop the mapping; views that are still used keep it alive until they go."""
         self._window = None
 
+    def wipe(self) -> None:
+        """Make it zero, every page of it populated. Nobody else holds it. Raises OSError."""
+        self._window = None
+        for offset in range(0, self.size, len(_ZEROS)):
+            os.pwrite(self.fd, _ZEROS[: self.size - offset], offset)
+
     def close(self) -> None:
         """Give the memory back (to those who still hold it, it stays)."""
         self._window = None
         os.close(self.fd)
+
+
+class FreeVram:
+    """Freed VRAM of one GPU that stays populated, for BOs of the same size to come.
+
+    A card's VRAM is there before anything is in it; a fresh memfd's pages are made one by one
+    at their first touch. So up to *limit* bytes, those in use among them, are not given back
+    when they are freed. They are wiped then, as by AMDGPU_GEM_CREATE_VRAM_WIPE_ON_RELEASE, which
+    KFD sets for every BO in VRAM.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._free: list[Backing] = []  # the oldest first
+
+    def put(self, backing: Backing, used: int) -> None:
+        """Take what was freed and nobody holds; *used* bytes are in use without it."""
+        if used + self._bytes() + backing.size > self._limit:
+            backing.close()
+            return
+        try:
+            backing.wipe()
+        except OSError:  # the host is short of memory: pages that were never touched
+            backing.close()
+        else:
+            self._free.append(backing)
+
+    def take(self, size: int, used: int) -> Backing | None:
+        """Memory of just *size* bytes, which are among the *used* ones; None: there is none."""
+        found = next((backing for backing in self._free if backing.size == size), None)
+        if found is not None:
+            self._free.remove(found)
+        while self._free and used + self._bytes() > self._limit:
+            self._free.pop(0).close()
+        return found
+
+    def _bytes(self) -> int:
+        return sum(backing.size for backing in self._free)
 
 
 @dataclass(eq=False)

@@ -65,8 +65,7 @@ def create_bo(
     length = page_align(size >> 1 if flags & AQL else size)
     backing: Backing | None
     if flags & MEM:
-        host.reserve_vram(gpu, length)
-        backing = Backing("kfd-vram", length, gpu)
+        backing = host.allocate_vram(gpu, length)
     elif flags & GTT:
         backing = Backing("kfd-gtt", length)
     elif flags & USERPTR:

@@ -5,9 +5,11 @@ Python never touches the mapping itself: bytes are copied by :mod:`.sigbus`, whi
 EFAULT where a load would trap. Holes of a sparse memfd are read by pread(2), which makes no
 pages of them; mincore(2) tells them, not lseek(2) with SEEK_HOLE, which looks at every page up
 to the next hole: the whole rest of the file, for each piece (measured: a migration took 5 CPU
-seconds a GB of a memfd of 512 MiB that way, 0.6 this way). Written is a memfd by pwrite(2),
-which makes missing pages at half the cost of touching them in a mapping (measured: 0.4 against
-0.7 CPU seconds a GB).
+seconds a GB of a memfd of 512 MiB that way, 0.6 this way). Written is a memfd by pwrite(2) where
+pages are missing, which it makes at half the cost of touching them in a mapping (measured: 0.4
+against 0.7 CPU seconds a GB). Where they are present a mapping is as cheap to write to, many
+threads may, and it is there for reading back (0.2, then 0.08; 0.2 by pread(2)), if its page table
+is filled ahead: a store that finds no entry makes one page's, a load those of 16 (0.35 without).
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from migrate.dataplane.access import Buffer, MemoryAccess
 from migrate.dataplane.chunks import address_of
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_POPULATE_READ = 22  # asm-generic/mman-common.h, since Linux 5.14
+_madvise = _libc.madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _mincore = _libc.mincore
 _mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 
@@ -186,12 +191,17 @@ class MmapAccess:
     def write(self, offset: int, data: memoryview) -> None:
         """See MemoryAccess. EFAULT if the object's pages are gone, then and for good."""
         check_bounds(self.size, offset, len(data))
-        if self.by_file:
-            self._file_write(offset, data)
-        elif len(data):
+        if not len(data):
+            return
+        with self._using() as mapping:
+            start = mapping.start + offset
+            if self.by_file and not _is_present(start, len(data)):
+                self._file_write(offset, data)
+                return
+            if self.by_file:
+                _fill_page_table(start, len(data))
             source = _readable(data)
-            with self._using() as mapping:
-                sigbus.copy(mapping.start + offset, address_of(source), len(data), mapping)
+            sigbus.copy(start, address_of(source), len(data), mapping)
 
     def close(self) -> None:
         """See MemoryAccess. Idempotent; other threads' copies end first, new ones fail."""
@@ -249,6 +259,12 @@ class MmapAccess:
             done = 0
             while done < len(data):
                 done += os.pwrite(self._fd, data[done:], self._base + offset + done)
+
+
+def _fill_page_table(address: int, length: int) -> None:
+    """Let a mapped range whose pages are present be used without faults; a hint, no more."""
+    start = address & -mmap.PAGESIZE
+    _madvise(start, address + length - start, _POPULATE_READ)
 
 
 def _is_present(address: int, length: int) -> bool:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -31,6 +31,7 @@ SECONDS = 0.05  # a slow side is measured for no longer
 TOO_SMALL = 256 << 10  # bytes; such a BO is mapped and says nothing about a card
 
 Direction = Literal["read", "write"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 
 class VramMode(StrEnum):
@@ -124,6 +125,12 @@ class VramAccess:
         else:
             access = MmapAccess(fd, size, own=False)
         return access if tally is None else CountedAccess(access, mode, tally)
+
+    def is_mapped(self, fd: int, size: int, gpu_id: int | None) -> bool:
+        """Whether both directions of a BO go by its mapping; arguments as of ``open``."""
+        return gpu_id is None or all(
+            self._mode_for(fd, size, gpu_id, direction) is VramMode.MMAP for direction in DIRECTIONS
+        )
 
     def close(self) -> None:
         """Give the cards back."""

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 from migrate import faults
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import PartAccess
 from migrate.dataplane.staging import Staging
-from migrate.dataplane.vram import Direction, VramTally
+from migrate.dataplane.vram import VramTally
 from migrate.engine.seam import HeldProcess, MovedBo, MovedGpu
 from migrate.errors import (
     Cancelled,
@@ -52,9 +51,9 @@ from migrate.orchestrator.handover import (
 )
 from migrate.orchestrator.host import Host
 from migrate.orchestrator.life import ALIVE, ENDED, IDLE, SUSPECT
-from migrate.orchestrator.objects import vram_of
 from migrate.orchestrator.peer import GrantReply, PreparedReply
 from migrate.orchestrator.plan import Activity, BoKey, ObjectOrder, RestoreOrder
+from migrate.orchestrator.targets import Targets, dmabuf
 from migrate.report import DestinationFigures
 from migrate.status import NEVER_RAN, DestinationState
 
@@ -465,7 +464,7 @@ class DestinationMigration:
                 )
             for number, process in enumerate(processes):
                 imports = {
-                    index: _dmabuf(restored, owner) for index, owner in _imports(order, number)
+                    index: dmabuf(restored, owner) for index, owner in _imports(order, number)
                 }
                 if imports:
                     self._go_on()
@@ -526,39 +525,17 @@ class DestinationMigration:
         if strangers:
             raise VerificationFailed(f"objects {sorted(strangers)} came and are in no order")
         memory = [item for item in order.objects if item.blob is None]
-        for item in memory:
-            with self._target(item, held, order, restored, "write") as target:
-                self._place(item, target)
-        self._clock.lap("placement")
-        faults.point("destination.placed")
-        for item in memory:
-            with self._target(item, held, order, restored, "read") as target:
-                self._verify(item, target, manifest)
+        with Targets(held, order, restored, self.host.vram_access, self._vram) as targets:
+            for item in memory:
+                with targets.open(item, "write") as target:
+                    self._place(item, target)
+            self._clock.lap("placement")
+            faults.point("destination.placed")
+            for item in memory:
+                with targets.open(item, "read") as target:
+                    self._verify(item, target, manifest)
         self._clock.lap("read_back")
         faults.point("destination.verified")
-
-    @contextmanager
-    def _target(
-        self,
-        item: ObjectOrder,
-        held: HeldProcess,
-        order: RestoreOrder,
-        restored: Sequence[Restored],
-        direction: Direction,
-    ) -> Iterator[MemoryAccess]:
-        access: MemoryAccess
-        if item.bo is not None:
-            fd = _dmabuf(restored, item.bo)
-            was = vram_of(order.checkpoints[item.bo.process], item.bo.index)
-            gpu_id = None if was is None else order.gpu_map[was]
-            access = self.host.vram_access.open(fd, item.size, gpu_id, direction, self._vram)
-        else:
-            assert item.cpu is not None
-            access = held.memory(item.cpu)
-        try:
-            yield access
-        finally:
-            access.close()
 
     def _go_on(self) -> None:
         if self._cancel.is_set():
@@ -596,13 +573,6 @@ def _imports(order: RestoreOrder, process: int) -> list[tuple[int, BoKey]]:
         for share in order.shares
         if share.importer.process == process
     ]
-
-
-def _dmabuf(restored: Sequence[Restored], bo: BoKey) -> int:
-    fd = restored[bo.process].dmabufs[bo.index]
-    if fd is None:
-        raise RestoreFailed(f"BO {bo.index} of KFD process {bo.process} has no dmabuf here")
-    return fd
 
 
 def _moved_bos(order: RestoreOrder, restored: Sequence[Restored]) -> list[MovedBo]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import signal
@@ -20,6 +21,7 @@ from migrate.dataplane.memory import BytesAccess, MmapAccess, ProcessMemoryAcces
 
 PIECE = 4 << 20
 SIZE = 2 * PIECE + 12345
+F_ADD_SEALS, F_SEAL_FUTURE_WRITE = 1033, 0x10  # linux/fcntl.h; the module lacks the second
 
 
 def memfd() -> int:
@@ -148,6 +150,31 @@ def test_reading_a_hole_makes_no_pages_of_it() -> None:
     assert read(access, 0, SIZE) == bytes(PIECE) + b"x" * 4096 + bytes(SIZE - PIECE - 4096)
     assert os.fstat(fd).st_blocks * 512 == 4096
     access.close()
+
+
+def test_a_hole_is_written_without_the_mapping_and_the_rest_of_it_stays_a_hole() -> None:
+    fd = memfd()
+    access = MmapAccess(fd, SIZE, own=False)
+    access.write(mmap.PAGESIZE, memoryview(b"x" * mmap.PAGESIZE))
+    assert os.fstat(fd).st_blocks * 512 == mmap.PAGESIZE
+    access.write(0, memoryview(b"y" * 3 * mmap.PAGESIZE))  # half of it is there
+    assert os.pread(fd, 4 * mmap.PAGESIZE, 0) == b"y" * 3 * mmap.PAGESIZE + bytes(mmap.PAGESIZE)
+    assert os.fstat(fd).st_blocks * 512 == 3 * mmap.PAGESIZE
+    access.close()
+    os.close(fd)
+
+
+def test_pages_that_are_there_are_written_in_the_mapping() -> None:
+    """Which the seal leaves alone, once it is there; pwrite(2) it forbids."""
+    fd = os.memfd_create("object", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.pwrite(fd, bytes(SIZE), 0)
+    access = MmapAccess(fd, SIZE, own=False)
+    assert read(access, 5, 5) == bytes(5)
+    fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
+    access.write(5, memoryview(b"there"))
+    assert os.pread(fd, 5, 5) == b"there"
+    access.close()
+    os.close(fd)
 
 
 def test_closing_waits_for_copies_and_ends_later_ones() -> None:

@@ -38,7 +38,7 @@ from migrate.engine.tracing import guard
 from migrate.errors import CheckpointFailed, MigrateError
 from migrate.kfd.file import find_kfd_fds
 from migrate.kfd.process import KfdProcess
-from migrate.kfd.sysfs import read_processes, read_topology
+from migrate.kfd.sysfs import read_processes, read_render_minors
 from migrate.model import HostPaths, ProcessRef
 
 _log = logging.getLogger(__name__)
@@ -73,11 +73,7 @@ class Dump:
         self._kfd = kfd_processes(process.pid, paths)
         self._guard = guard(paths) if self._kfd else None
         self._kfd_rdev = os.stat(paths.kfd).st_rdev if self._kfd else -1
-        self._render_nodes = (
-            {gpu.gpu_id: gpu.drm_render_minor for gpu in read_topology(paths.topology).gpus}
-            if self._kfd
-            else {}
-        )
+        self._render_nodes = read_render_minors(paths.topology) if self._kfd else {}
         self._files: dict[int, DeviceFile] = {}
         self._state = threading.Condition()
         self._paused: list[KfdProcess] | None = None  # to be visited now

@@ -16,7 +16,7 @@ from migrate.engine.wire import Kind
 from migrate.errors import CheckpointFailed, MigrateError, NoSuchProcess, ProcessExited
 from migrate.kfd.guards import refuse_gpus_without_vm
 from migrate.kfd.process import KfdProcess
-from migrate.kfd.sysfs import read_topology
+from migrate.kfd.sysfs import read_render_minors
 from migrate.model import HostPaths, ProcessRef
 
 HELPER_EXIT = 10.0  # seconds until a helper that was told to end is killed
@@ -67,7 +67,7 @@ def traced(
 
 def guard(paths: HostPaths) -> Callable[[int], None]:
     """Refuses to pause a process that sees a GPU without a VM: the kernel would oops."""
-    minors = {gpu.gpu_id: gpu.drm_render_minor for gpu in read_topology(paths.topology).gpus}
+    minors = read_render_minors(paths.topology)
     return partial(refuse_gpus_without_vm, paths=paths, render_minors=minors)
 
 
@@ -109,6 +109,11 @@ class _Helper:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+    def close_soon(self) -> None:
+        """As ``close`` of one that was told DONE: nobody waits for an interpreter to end."""
+        self.connection.close()
+        threading.Thread(target=self.close, name="helper-end", daemon=True).start()
 
 
 class _Spare:
@@ -176,4 +181,4 @@ def _helper(paths: HostPaths, *, keep: bool) -> Iterator[Connection]:
     if keep:
         _spare.keep(helper)
     else:
-        helper.close()
+        helper.close_soon()

@@ -11,8 +11,9 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -34,6 +35,9 @@ _OF_LINKS = frozenset(
 _READ = _NODE_FIELDS | _COUNTS | _OF_BANKS | _OF_CACHES | _OF_LINKS
 
 
+T = TypeVar("T")
+
+
 class _Hidden(Exception):
     """Not an error: the device cgroup keeps this node from us."""
 
@@ -43,12 +47,24 @@ def read_topology(root: str | Path) -> Topology:
 
     Raises BrokenTopology.
     """
-    base = topology_root(root)
+    return _read_whole(topology_root(root), _read_once)
+
+
+def read_render_minors(root: str | Path) -> dict[int, int]:
+    """Number of the render node of each GPU, by gpu_id. Raises BrokenTopology.
+
+    Caches and links are hundreds of small files, which a process that stands need not wait for.
+    """
+    return _read_whole(topology_root(root), _read_minors)
+
+
+def _read_whole(base: Path, read: Callable[[Path, int], T]) -> T:
+    """What *read* makes of one generation of a tree."""
     for _ in range(_READ_ATTEMPTS):
         before = _generation(base)
-        topology = _read_once(base, before)
+        found = read(base, before)
         if _generation(base) == before:
-            return topology
+            return found
     raise BrokenTopology(f"{base}: the topology changes all the time, it could not be read whole")
 
 
@@ -76,13 +92,26 @@ def _read_once(base: Path, generation: int) -> Topology:
             hidden.append(number)
     if not nodes:
         raise BrokenTopology(f"{base / 'nodes'}: no node can be read there")
-    _check_unique(base, nodes)
+    _check_unique(base, (node.gpu_id for node in nodes if node.is_gpu))
     return Topology(nodes=tuple(nodes), generation_id=generation, hidden=tuple(hidden))
 
 
-def _check_unique(base: Path, nodes: list[Node]) -> None:
-    count = Counter(node.gpu_id for node in nodes if node.is_gpu)
-    for gpu_id, times in count.items():
+def _read_minors(base: Path, _generation: int) -> dict[int, int]:
+    found: list[tuple[int, int]] = []
+    for _, folder in _numbered(base / "nodes"):
+        try:
+            gpu_id = _integer(folder / "gpu_id", _text(folder / "gpu_id"))
+            if gpu_id:
+                properties = _properties(folder / "properties")
+                found.append((gpu_id, properties.get("drm_render_minor", 0)))
+        except _Hidden:
+            continue
+    _check_unique(base, [gpu_id for gpu_id, _ in found])
+    return dict(found)
+
+
+def _check_unique(base: Path, gpu_ids: Iterable[int]) -> None:
+    for gpu_id, times in Counter(gpu_ids).items():
         if times > 1:
             raise BrokenTopology(f"{base}: {times} nodes have the gpu_id {gpu_id}")
 

@@ -446,7 +446,7 @@ class DestinationMigration:
             raise RestoreFailed(
                 f"{len(order.checkpoints)} KFD processes came, {len(held.kfd)} were built"
             )
-        nodes = {n.gpu_id: n.drm_render_minor for n in self.host.topology().gpus}
+        nodes = self.host.render_minors()
         restored: list[Restored] = []
         gpus: list[MovedGpu] = []
         processes = list(held.kfd)

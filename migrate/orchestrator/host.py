@@ -13,7 +13,7 @@ from migrate.journal import Journal
 from migrate.kfd.file import KfdFile, open_device
 from migrate.kfd.probe import bo_record_size
 from migrate.kfd.process import RestoreProof, resume
-from migrate.kfd.sysfs import VramUsage, read_topology, read_vram
+from migrate.kfd.sysfs import VramUsage, read_render_minors, read_topology, read_vram
 from migrate.model import HostPaths, ProcessRef
 from migrate.orchestrator import life
 from migrate.orchestrator.clock import Clock
@@ -41,6 +41,10 @@ class Host:
         """The GPUs and links of this host now. Raises BrokenTopology."""
         return read_topology(self.paths.topology)
 
+    def render_minors(self) -> dict[int, int]:
+        """Number of each GPU's render node by gpu_id. Raises BrokenTopology."""
+        return read_render_minors(self.paths.topology)
+
     def free_vram(self) -> dict[int, int]:
         """Free VRAM in bytes by gpu_id."""
         return {usage.gpu_id: usage.free for usage in self.vram()}
@@ -55,8 +59,7 @@ class Host:
         return VramAccess(self.vram_mode, self._render_node)
 
     def _render_node(self, gpu_id: int) -> str:
-        nodes = {gpu.gpu_id: gpu.drm_render_minor for gpu in self.topology().gpus}
-        return f"{self.paths.dri}/renderD{nodes[gpu_id]}"
+        return f"{self.paths.dri}/renderD{self.render_minors()[gpu_id]}"
 
     @cached_property
     def bo_record_size(self) -> int:

@@ -71,6 +71,10 @@ class SimulatedHost(Host):
         """See Host."""
         return NO_GPUS
 
+    def render_minors(self) -> dict[int, int]:
+        """See Host."""
+        return {}
+
     def free_vram(self) -> dict[int, int]:
         """See Host."""
         return {}

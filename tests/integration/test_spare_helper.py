@@ -55,7 +55,7 @@ def test_the_second_look_is_by_the_helper_that_waits(host: Host, tmp_path: Path)
         assert len(helpers()) == 1
         host.engine.freeze(process)
         host.engine.visit_frozen(process, pause_and_checkpoint)
-        assert helpers() == set()
+        until(lambda: helpers() == set(), "it is gone")
         host.engine.visit_frozen(process, lambda kfd: kfd[0].unpause_if_paused())
         host.engine.thaw(process)
         until(lambda: not procfs.all_stopped(process.pid), "it runs")

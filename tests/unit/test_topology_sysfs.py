@@ -18,6 +18,7 @@ from migrate.kfd.sysfs import (
     busy_gpus,
     read_process,
     read_processes,
+    read_render_minors,
     read_topology,
     read_vram,
 )
@@ -169,12 +170,28 @@ def test_a_node_that_the_device_cgroup_hides(tree: Path, monkeypatch: pytest.Mon
     topology = read_topology(tree.parent)
     assert topology.hidden == (2,)
     assert len(topology.gpus) == 1
+    assert read_render_minors(tree.parent) == {topology.gpus[0].gpu_id: 128}
 
 
 def test_a_machine_without_gpus(tree: Path) -> None:
     (tree / "1").rename(tree / "x1")
     (tree / "2").rename(tree / "x2")
     assert read_topology(tree.parent).gpus == ()
+    assert read_render_minors(tree.parent) == {}
+
+
+@pytest.mark.parametrize("name", [machine[0] for machine in MACHINES])
+def test_render_nodes_alone_are_those_of_the_topology(name: str, tmp_path: Path) -> None:
+    root = unpack(name, tmp_path)
+    gpus = read_topology(root).gpus
+    assert read_render_minors(root) == {gpu.gpu_id: gpu.drm_render_minor for gpu in gpus}
+
+
+def test_render_nodes_alone_need_no_caches(tree: Path) -> None:
+    wanted = read_render_minors(tree.parent)
+    (tree / "1" / "caches" / "0" / "properties").write_text("level x\n")
+    assert "level" in broken(tree)
+    assert read_render_minors(tree.parent) == wanted
 
 
 # ---------------------------------------------------------------- broken trees
@@ -241,6 +258,8 @@ def test_a_gpu_id_twice(tree: Path) -> None:
     (tree / "1" / "gpu_id").write_text((tree / "2" / "gpu_id").read_text())
     gpu_id = (tree / "2" / "gpu_id").read_text().strip()
     assert broken(tree) == f"TREE: 2 nodes have the gpu_id {gpu_id}"
+    with pytest.raises(BrokenTopology, match="2 nodes have the gpu_id"):
+        read_render_minors(tree.parent)
 
 
 def test_a_tree_that_changes_all_the_time(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

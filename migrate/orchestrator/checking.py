@@ -278,7 +278,8 @@ class Examination:
     ) -> Preflight:
         options = self._options
         size = size or sum(s for k in needs.processes for s in k.vram.values())
-        known = Known(self._known, snapshot=self._snapshot)
+        precopy = self._options.precopy
+        known = Known(self._known, precopy=precopy, snapshot=self._snapshot)
         prediction = estimate(size, self._survey.cpu_bytes, sample, known, options)
         if sample is not None and prediction.downtime > options.max_downtime:
             self._warnings.append(

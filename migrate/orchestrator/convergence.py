@@ -27,11 +27,13 @@ class Costs(Value):
     """What a prediction takes as known beside the rounds.
 
     ``placement``: bytes a second at which buffers are written and read back. ``fixed``:
-    seconds of the checkpoint, the new process and the handover.
+    seconds of the checkpoint, the new process and the handover. ``final``: time of the final
+    round as a share of the last live one's, beside which the process runs and is looked at.
     """
 
     placement: float
     fixed: float
+    final: float = 1.0
 
 
 class Policy(Value):
@@ -61,11 +63,11 @@ NO_PROGRESS = 0.9  # a round that sends more than this share of the one before i
 def predict(rounds: Sequence[Round], costs: Costs) -> float:
     """Seconds of downtime if the process were stopped now. *rounds* holds at least one.
 
-    The final round looks at as much as the last one did and sends about as much, so it
-    takes about as long; the first round sent everything, which no later one does.
+    The final round looks at as much as the last one did and sends about as much; the first
+    round sent everything, which no later one does.
     """
     last = rounds[-1]
-    final_round = last.seconds if len(rounds) > 1 else last.seconds / 2
+    final_round = last.seconds * costs.final if len(rounds) > 1 else last.seconds / 2
     return costs.fixed + final_round + last.scanned / costs.placement
 
 

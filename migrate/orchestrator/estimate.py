@@ -7,36 +7,57 @@ function that decides on the real ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 from migrate.orchestrator.convergence import Costs, Decision, Policy, decide, predict
 from migrate.orchestrator.figures import FIXED_GUESS, PLACEMENT_GUESS
 from migrate.orchestrator.plan import Options
 from migrate.orchestrator.sampling import Sample
-from migrate.report import Prediction, Report, Round
+from migrate.report import Downtime, Prediction, Report, Round
 
 RATE_GUESS = 200e6  # bytes a second, where nothing was ever measured
 SETUP = 0.5  # seconds before the first round
 MAX_HISTORY = 20  # reports looked at
+MAX_LEARNED = 5  # of those alike
+MAX_FINAL = 2.0  # of the last live round's time; more was an accident
 
 
 class Known:
-    """What earlier migrations to the same host tell, newest first; else guesses."""
+    """What earlier migrations to the same host tell; else guesses.
 
-    def __init__(self, reports: Sequence[Report] = (), *, snapshot: float = 0.0) -> None:
-        """*snapshot*: seconds that stopping and checkpointing the process took just now."""
+    Medians of the last few, as one may have met a busy machine: of those that copied as this
+    one will, with pre-copy or without, since the destination has another head start then.
+    """
+
+    def __init__(
+        self, reports: Sequence[Report] = (), *, precopy: bool, snapshot: float = 0.0
+    ) -> None:
+        """*reports*: newest first. *snapshot*: seconds that stopping and checkpointing the
+        process took just now."""
+        self.costs = Costs(placement=PLACEMENT_GUESS, fixed=FIXED_GUESS + snapshot)
+        self.rate = RATE_GUESS
         done = [r for r in reports[:MAX_HISTORY] if r.downtime is not None and r.rounds]
-        self.placement, self.fixed, self.rate = PLACEMENT_GUESS, FIXED_GUESS, RATE_GUESS
-        self.fixed += snapshot
         if not done:
             return
-        last = done[0]
-        down = last.downtime
-        assert down is not None
-        size = last.rounds[-1].scanned
-        if down.placement + down.read_back > 0 and size:
-            self.placement = size / (down.placement + down.read_back)
-        self.fixed = down.stop + down.checkpoint + down.build + down.engine + down.handover
-        self.rate = last.rounds[0].scanned / max(last.rounds[0].seconds, 1e-6)
+        self.rate = done[0].rounds[0].scanned / max(done[0].rounds[0].seconds, 1e-6)
+        alike = [r for r in done if (len(r.rounds) > 1) == precopy] or done
+        found = [costs_of(r.downtime, r.rounds) for r in alike[:MAX_LEARNED] if r.downtime]
+        self.costs = Costs(
+            placement=median(costs.placement for costs in found),
+            fixed=median(costs.fixed for costs in found),
+            final=median(costs.final for costs in found),
+        )
+
+
+def costs_of(down: Downtime, rounds: Sequence[Round]) -> Costs:
+    """What one migration has cost. *rounds*: all of it, the final one last."""
+    placing, size = down.placement + down.read_back, rounds[-1].scanned
+    live = rounds[-2].seconds if len(rounds) > 2 else 0.0
+    return Costs(
+        placement=size / placing if placing > 0 and size else PLACEMENT_GUESS,
+        fixed=down.stop + down.checkpoint + down.build + down.engine + down.handover,
+        final=min(down.delta / live, MAX_FINAL) if live > 0 else 1.0,
+    )
 
 
 def estimate(
@@ -47,7 +68,7 @@ def estimate(
     ratio = sample.ratio if sample is not None else 1.0
     if options.bandwidth is not None:
         rate = min(rate, options.bandwidth / max(ratio, 1e-6))
-    costs = Costs(placement=known.placement, fixed=known.fixed)
+    costs = known.costs
     if not options.precopy:
         downtime = costs.fixed + (contents + cpu) / rate + (contents + cpu) / costs.placement
         seconds, moved = SETUP + downtime, contents + cpu

@@ -36,7 +36,7 @@ from migrate.model import GpuMap
 from migrate.orchestrator import convergence
 from migrate.orchestrator.checking import Examination, Preflight, Stopped
 from migrate.orchestrator.coming import CpuSide
-from migrate.orchestrator.convergence import Costs, Decision, Policy
+from migrate.orchestrator.convergence import Decision, Policy
 from migrate.orchestrator.estimate import Known
 from migrate.orchestrator.figures import SourceFigures, unanswered_error
 from migrate.orchestrator.handover import (
@@ -347,8 +347,7 @@ class SourceMigration:
         self.side.record(SourceState.ACTIVE)
         self.narrator.enter("pre-copy", Status.ACTIVE)
         if self.known:
-            known = Known(self.known)
-            self.figures.learned = Costs(placement=known.placement, fixed=known.fixed)
+            self.figures.learned = Known(self.known, precopy=True).costs
         while True:
             self._checkpoint_cancel()
             with self._snapshot() as stopped:

@@ -1,8 +1,10 @@
 """Downtime with pre-copy against stop-and-copy: ``python -m scenarios.bench.downtime``.
 
 A workload that rewrites 5% of its VRAM all the time is moved between two simulated hosts over
-a paced link, with pre-copy and without in turn. Prints one JSON document; with --folder also
-a table and plots. Of each size, medians over the turns:
+a paced link, with pre-copy and without in turn. The hosts' VRAM is populated before the first
+turn, as a card's is: the workload runs on each host once, and the pages that it touched stay.
+Prints one JSON document; with --folder also a table and plots. Of each size, medians over the
+turns:
 
 * ``ratio``: downtime with pre-copy ÷ without, within one turn
 * ``formula``: downtime ÷ (last delta ÷ link + all bytes ÷ placement rate + engine time), the
@@ -21,6 +23,7 @@ import json
 import os
 import signal
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,12 +45,24 @@ PARTS = ("stop", "checkpoint", "delta", "build", "placement", "read_back", "engi
 FILL = 600.0  # seconds a workload may take to fill its VRAM
 
 
-def migrated(cluster: Cluster, name: str, size: int, link: float, *, precopy: bool) -> Report:
-    """One migration of a fresh workload. Raises MigrationFailed if it does not complete."""
+def filled(cluster: Cluster, host: str, name: str, size: int) -> subprocess.Popen[bytes]:
+    """A fresh workload whose VRAM has contents."""
     log = cluster.folder / f"{name}.log"
     command = ["-m", "scenarios.workloads.rewrite", "--vram", str(size), "--log", str(log)]
-    program = cluster.workload("a", command)
+    program = cluster.workload(host, command)
     wait_until(lambda: log.exists() and log.stat().st_size >= 10, FILL, "two passes")
+    return program
+
+
+def add_host(cluster: Cluster, name: str, size: int) -> None:
+    """A host whose VRAM is populated, for *size* bytes of the workload."""
+    cluster.add_host(name, node_options=["--populated", str(size)])
+    end(filled(cluster, name, f"first-{name}", size))
+
+
+def migrated(cluster: Cluster, name: str, size: int, link: float, *, precopy: bool) -> Report:
+    """One migration of a fresh workload. Raises MigrationFailed if it does not complete."""
+    program = filled(cluster, "a", name, size)
     hosts = inventory.load(cluster.inventory)
     options = Options(precopy=precopy, bandwidth=int(link), max_downtime=0.0, max_rounds=4)
     report = follow(hosts, "a", start(hosts, "a", "b", program.pid, options, ""), Output())
@@ -99,17 +114,17 @@ def measure(sizes: list[float], repeat: int, link: float) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for size in sizes:
         turns = []
-        for turn in range(repeat):
-            with Cluster.temporary() as cluster:  # agents anew: peaks are of one size
-                for name in ("a", "b"):
-                    cluster.add_host(name)
+        with Cluster.temporary() as cluster:  # agents anew: peaks are of one size
+            for name in ("a", "b"):
+                add_host(cluster, name, int(size * GIB))
+            for turn in range(repeat):
                 # Stop-and-copy first: the prediction learns from what the agents did before.
                 both = [
                     migrated(cluster, name, int(size * GIB), link, precopy=precopy)
                     for name, precopy in ((f"stop-{turn}", False), (f"live-{turn}", True))
                 ]
-            turns.append(figures(both[1], both[0], link))
-            sys.stderr.write(f"{size:g} GiB, turn {turn + 1}: {json.dumps(turns[-1])}\n")
+                turns.append(figures(both[1], both[0], link))
+                sys.stderr.write(f"{size:g} GiB, turn {turn + 1}: {json.dumps(turns[-1])}\n")
         medians = {
             key: round(statistics.median(turn[key] for turn in turns), 4)
             for key, value in turns[0].items()

@@ -143,6 +143,7 @@ class Destinations:
         needs: Needs,
         topology: Topology,
         options: Options,
+        ahead: bytes = b"",
     ) -> tuple[GpuMap, tuple[str, int], bytes, bytes]:
         """Check and make room. Returns GPU map, data address, session id, secret."""
         check_needs(needs)
@@ -175,6 +176,8 @@ class Destinations:
                 self._receiver.close_session(session_id)
                 raise
             self._live[migration] = built
+        if ahead:
+            built.prepare(ahead)
         return gpu_map, self._data, session_id, secret
 
     def session(self, session_id: bytes) -> DataSession:

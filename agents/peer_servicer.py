@@ -80,6 +80,7 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
             parsed(request.needs, Needs),
             parsed(request.topology, Topology),
             parsed(request.options, Options),
+            request.ahead,
         )
         return peer_pb2.ReserveReply(
             store_id=self._journal.store_id,

@@ -102,6 +102,10 @@ class CriuEngine:
 
     # ------------------------------------------------------------ source
 
+    def ahead(self, process: ProcessRef) -> bytes:
+        """See ProcessEngine: there is nothing."""
+        return b""
+
     def snapshot(self, process: ProcessRef, visit: Visitor[T]) -> T:
         """See ProcessEngine."""
         return self._traced(process, visit, leave_paused=False)
@@ -216,6 +220,9 @@ class CriuEngine:
         with self._lock:
             images = self._received.setdefault(migration, Images(folder))
         return images.open(Blob(name=name, size=coming.size))
+
+    def prepare(self, migration: str, ahead: bytes) -> None:
+        """See ProcessEngine: there is nothing."""
 
     def restore(self, image: CpuImage, migration: str, gpu_map: GpuMap) -> Restoration:
         """See ProcessEngine. Raises RestoreFailed, CriuUnusable, CgroupUnusable."""

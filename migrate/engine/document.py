@@ -32,6 +32,15 @@ class Arena(Value):
     length: int
 
 
+class Spawn(Value):
+    """How a command is started. ``output``: paths of stdout and stderr, regular files."""
+
+    command: tuple[str, ...]
+    directory: str
+    environment: dict[str, str]
+    output: tuple[str, str]
+
+
 class Document(Value):
     """The CPU side of a process, at one instant. ``state`` is the program's own record.
 
@@ -49,6 +58,15 @@ class Document(Value):
     next_address: int
     state: bytes
     pids: dict[int, int] = msgspec.field(default_factory=dict)
+
+    def spawn(self) -> Spawn:
+        """How its command is started anew. ``output`` is empty where there is no file."""
+        return Spawn(
+            command=(self.executable, *self.arguments[1:]),
+            directory=self.directory,
+            environment=self.environment,
+            output=self.output,
+        )
 
 
 class Member(Value):
@@ -74,15 +92,6 @@ class Finish(Value):
     bos: tuple[MovedBo, ...]
     number: int  # of the freeze it then stops itself in
     pids: dict[int, int] = msgspec.field(default_factory=dict)
-
-
-class Spawn(Value):
-    """What the trampoline of a parent needs to start a child anew. ``output``: two paths."""
-
-    command: tuple[str, ...]
-    directory: str
-    environment: dict[str, str]
-    output: tuple[str, str]
 
 
 def moved(

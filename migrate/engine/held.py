@@ -17,7 +17,7 @@ import msgspec
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import ProcessMemoryAccess
 from migrate.engine import control, limits, procfs
-from migrate.engine.document import Document, Finish, Member, Spawn, Tree
+from migrate.engine.document import Finish, Member, Spawn, Tree
 from migrate.engine.marker import Marker
 from migrate.engine.remote import Connection, RemoteFile
 from migrate.engine.runtime import HOST_ROOT, PTRACER
@@ -50,17 +50,25 @@ class Held:
         self._copies: list[_Copy] = []
 
     @classmethod
-    def start(cls, tree: Tree, ranges: Sequence[CpuRange], paths: HostPaths, log: Path) -> Self:
+    def start(
+        cls,
+        tree: Tree,
+        ranges: Sequence[CpuRange],
+        paths: HostPaths,
+        log: Path,
+        early: Started | None = None,
+    ) -> Self:
         """Start the commands anew and let them open /dev/kfd and map their CPU ranges.
 
-        A child is started by its parent. Raises RestoreFailed, InsufficientMemory; then no
+        A child is started by its parent. *early* becomes the root if it was started as that
+        would be now, and ends if not. Raises RestoreFailed, InsufficientMemory; then no
         process is left.
         """
         held = cls(tree)
         try:
             for member in tree.members:
                 parent = held._copies[member.parent] if member.parent >= 0 else None
-                copy = _Copy.start(member, parent, paths, log)
+                copy = _Copy.start(member, parent, paths, log, early if parent is None else None)
                 held._copies.append(copy)
                 copy.begin([(r.address, r.length) for r in ranges if r.pid == member.pid])
         except BaseException:
@@ -113,13 +121,44 @@ class Held:
             control.kill(copy.process)
 
 
+class Started:
+    """A command started anew, whose trampoline waits for orders; it ends with *channel*."""
+
+    def __init__(self, spawn: Spawn, channel: socket.socket, process: ProcessRef) -> None:
+        self.spawn = spawn
+        self.channel = channel
+        self.process = process
+
+    @classmethod
+    def start(cls, spawn: Spawn, log: Path, parent: _Copy | None = None) -> Self:
+        """Start it by *parent*, or as a child of this agent. Raises RestoreFailed."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            ours.settimeout(_BUILD_TIMEOUT)
+            with theirs:
+                if parent is None:
+                    process = _start(spawn, theirs.fileno(), log)
+                else:
+                    process = parent.start_child(spawn, theirs.fileno())
+        except BaseException:
+            ours.close()
+            raise
+        return cls(spawn, ours, process)
+
+    def end(self) -> None:
+        """End it and wait until it is gone. Idempotent."""
+        self.channel.close()
+        control.kill(self.process)
+
+
 class _Copy:
     """One process of the tree, under the agent's command."""
 
     process: ProcessRef
 
-    def __init__(self, channel: socket.socket, member: Member, paths: HostPaths, log: Path) -> None:
-        self._connection = Connection(channel)
+    def __init__(self, started: Started, member: Member, paths: HostPaths, log: Path) -> None:
+        self.process = started.process
+        self._connection = Connection(started.channel)
         self._member = member
         self._paths = paths
         self._errors = Path(member.document.output[1] or log)
@@ -127,22 +166,20 @@ class _Copy:
         self.kfd: KfdProcess | None = None
 
     @classmethod
-    def start(cls, member: Member, parent: _Copy | None, paths: HostPaths, log: Path) -> Self:
-        """Start its command: by *parent*, or as a child of this agent. Raises RestoreFailed."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            ours.settimeout(_BUILD_TIMEOUT)
-            copy = cls(ours, member, paths, log)
-            with theirs:
-                spawn = _spawn(member.document, paths, log)
-                if parent is None:
-                    copy.process = _start(spawn, theirs.fileno(), log)
-                else:
-                    copy.process = parent.start_child(spawn, theirs.fileno())
-        except BaseException:
-            ours.close()
-            raise
-        return copy
+    def start(
+        cls,
+        member: Member,
+        parent: _Copy | None,
+        paths: HostPaths,
+        log: Path,
+        early: Started | None,
+    ) -> Self:
+        """Start its command, or take *early* for it. Raises RestoreFailed."""
+        spawn = here(member.document.spawn(), paths, log)
+        if early is not None and not (early.spawn == spawn and procfs.is_alive(early.process)):
+            early.end()
+            early = None
+        return cls(early or Started.start(spawn, log, parent), member, paths, log)
 
     def start_child(self, spawn: Spawn, executor: int) -> ProcessRef:
         """Have this process start a child. Raises RestoreFailed."""
@@ -211,17 +248,13 @@ class _Copy:
         return RestoreFailed(f"{text} ({said.decode(errors='replace')})" if said else text)
 
 
-def _spawn(document: Document, paths: HostPaths, log: Path) -> Spawn:
-    environment = {**document.environment, **_host(paths)}
+def here(there: Spawn, paths: HostPaths, log: Path) -> Spawn:
+    """How a command of another host is started on this one."""
+    environment = {**there.environment, **_host(paths)}
     if HOST_ROOT not in _host(paths):
         environment.pop(HOST_ROOT, None)
-    out, errors = (path or str(log) for path in document.output)
-    return Spawn(
-        command=(document.executable, *document.arguments[1:]),
-        directory=document.directory,
-        environment=environment,
-        output=(out, errors),
-    )
+    out, errors = (path or str(log) for path in there.output)
+    return msgspec.structs.replace(there, environment=environment, output=(out, errors))
 
 
 def _start(spawn: Spawn, executor: int, log: Path) -> ProcessRef:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -22,11 +24,12 @@ import msgspec
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import ProcessMemoryAccess
 from migrate.engine import control, procfs
-from migrate.engine.document import Document, Member, Tree
-from migrate.engine.held import Held
+from migrate.engine.document import Document, Member, Spawn, Tree
+from migrate.engine.held import Held, Started, here
 from migrate.engine.marker import Marker
 from migrate.engine.seam import Blob, Blocker, CpuImage, CpuRange, Piece, Survey, T, Visitor
 from migrate.engine.tracing import traced
+from migrate.engine.trampoline import EXECUTOR_FD
 from migrate.errors import (
     EngineUnsupported,
     ForeignProcess,
@@ -39,11 +42,14 @@ from migrate.model import GpuMap, HostPaths, ProcessRef
 from migrate.preflight.collect import restarted
 from migrate.preflight.facts import Facts
 
-D = TypeVar("D", Document, Tree)
+D = TypeVar("D", Document, Tree, Spawn)
 
 
 class ReexecEngine:
-    """``ProcessEngine`` of one host. Holds no state: all of it is in the processes."""
+    """``ProcessEngine`` of one host. Its state is in the processes.
+
+    It holds what was started early (``prepare``), which ends with the agent.
+    """
 
     name = "reexec"
 
@@ -53,6 +59,8 @@ class ReexecEngine:
     def __init__(self, paths: HostPaths, *, freeze_timeout: float = 10.0) -> None:
         self._paths = paths
         self._freeze_timeout = freeze_timeout
+        self._early: dict[str, Started] = {}  # by migration
+        self._lock = threading.Lock()  # of the above
 
     # ------------------------------------------------------------ looking
 
@@ -119,6 +127,13 @@ class ReexecEngine:
         return restarted([member.pid for member in self._members(process)], self._paths)
 
     # ------------------------------------------------------------ source
+
+    def ahead(self, process: ProcessRef) -> bytes:
+        """See ProcessEngine: how the root's command is started anew, as /proc tells it."""
+        try:
+            return msgspec.msgpack.encode(procfs_spawn(process.pid))
+        except OSError as error:
+            raise NoSuchProcess(f"process {process.pid} has ended") from error
 
     def snapshot(self, process: ProcessRef, visit: Visitor[T]) -> T:
         """See ProcessEngine."""
@@ -211,15 +226,34 @@ class ReexecEngine:
         """See ProcessEngine: there are none."""
         raise EngineUnsupported(f"the engine {self.name} has no use for a file {coming.name!r}")
 
+    def prepare(self, migration: str, ahead: bytes) -> None:
+        """See ProcessEngine: starts the root's command, which comes to its trampoline by itself.
+
+        An interpreter and a program's modules take longer than all the rest of a build.
+        """
+        log = self._log(migration)
+        early = Started.start(here(_decoded(ahead, Spawn), self._paths, log), log)
+        with self._lock:
+            self._early[migration] = early
+
     def discard(self, migration: str) -> None:
-        """See ProcessEngine: there is nothing."""
+        """See ProcessEngine."""
+        with self._lock:
+            early = self._early.pop(migration, None)
+        if early is not None:
+            early.end()
 
     def restore(self, image: CpuImage, migration: str, gpu_map: GpuMap) -> Held:
         """See ProcessEngine. Raises RestoreFailed, InsufficientMemory."""
         if image.engine != self.name:
             raise EngineUnsupported(f"the image is one of the engine {image.engine}")
-        log = Path(self._paths.run) / f"{migration}.log"
-        return Held.start(decode_tree(image.state), image.ranges, self._paths, log)
+        tree = decode_tree(image.state)
+        with self._lock:
+            early = self._early.pop(migration, None)
+        return Held.start(tree, image.ranges, self._paths, self._log(migration), early)
+
+    def _log(self, migration: str) -> Path:
+        return Path(self._paths.run) / f"{migration}.log"
 
     # ------------------------------------------------------------ both
 
@@ -245,6 +279,30 @@ class ReexecEngine:
 def _is_frozen(process: ProcessRef) -> bool:
     with Marker.of(process) as marker:
         return control.is_frozen(process, marker)
+
+
+def procfs_spawn(pid: int) -> Spawn:
+    """How the command of *pid* was started. Raises OSError, NoSuchProcess.
+
+    Nearly always as its runtime will say in the freeze, by which it is judged.
+    """
+    data = Path(f"/proc/{pid}/environ").read_bytes()
+    pairs = (os.fsdecode(item).partition("=") for item in data.split(b"\0") if item)
+    return Spawn(
+        command=procfs.command(pid),
+        directory=os.readlink(f"/proc/{pid}/cwd"),
+        environment={name: value for name, _, value in pairs if name != EXECUTOR_FD},
+        output=(_regular(pid, 1), _regular(pid, 2)),
+    )
+
+
+def _regular(pid: int, fd: int) -> str:
+    try:
+        if stat.S_ISREG(os.stat(f"/proc/{pid}/fd/{fd}").st_mode):
+            return os.readlink(f"/proc/{pid}/fd/{fd}")
+    except OSError:
+        pass
+    return ""
 
 
 def _nearest(pid: int, pids: Sequence[int]) -> int:

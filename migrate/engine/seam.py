@@ -125,6 +125,9 @@ class ProcessEngine(Protocol):
 
     # ------------------------------------------------------------ source
 
+    def ahead(self, process: ProcessRef) -> bytes:
+        """What ``prepare`` can begin with while the process runs on; empty: nothing."""
+
     def snapshot(self, process: ProcessRef, visit: Visitor[T]) -> T:
         """Stop every thread for a moment, let *visit* talk to KFD, let go.
 
@@ -181,11 +184,18 @@ class ProcessEngine(Protocol):
     def receive(self, migration: str, coming: Blob) -> MemoryAccess:
         """Write access to a file that ``restore`` of this migration will read. Repeatable."""
 
+    def prepare(self, migration: str, ahead: bytes) -> None:
+        """Begin with what ``restore`` would do first, by what ``ahead`` said: once a migration.
+
+        What it makes ends with ``discard`` and with this agent, however that ends. It decides
+        nothing: ``restore`` does without what does not fit.
+        """
+
     def restore(self, image: CpuImage, migration: str, gpu_map: GpuMap) -> HeldProcess:
         """Build the process anew, without running any of its own code."""
 
     def discard(self, migration: str) -> None:
-        """Remove what ``receive`` has made. Idempotent."""
+        """Remove what ``prepare`` and ``receive`` have made. Idempotent."""
 
     # ------------------------------------------------------------ both
 

@@ -178,6 +178,16 @@ class DestinationMigration:
         self.host.journal.append(self.id, "peer", self.source)
         self._write(self.machine.to(DestinationState.RESERVED))
 
+    def prepare(self, ahead: bytes) -> None:
+        """Let the engine begin what needs nothing of the frozen process. Raises nothing."""
+        with self._lock:
+            if self.machine.state is not DestinationState.RESERVED:
+                return
+            try:
+                self.host.engine.prepare(self.id, ahead)
+            except MigrateError as error:  # if it matters, restore says so
+                _log.info("migration %s: nothing was begun early: %s", self.id, error)
+
     def restore(self, order: RestoreOrder, manifest: Mapping[int, bytes]) -> PreparedReply:
         """Build the copy, place and verify its memory, hold it. On failure nothing is left."""
         with self._lock:

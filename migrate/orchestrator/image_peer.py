@@ -66,10 +66,17 @@ class ImagePeer:
         return Examined(findings=Findings(), gpu_map=None, clock=time.time())
 
     def reserve(
-        self, migration: str, engine: str, needs: Needs, topology: Topology, options: Options
+        self,
+        migration: str,
+        engine: str,
+        needs: Needs,
+        topology: Topology,
+        options: Options,
+        ahead: bytes = b"",
     ) -> Reservation:
         """See Peer. Raises UsageError, InsufficientDisk."""
         self.sender = self._image.create(migration, needs.quota // 2)
+        del ahead  # nothing runs where an image lies
         self._asked = engine, needs, topology, options
         gpus = sorted({gpu for process in needs.processes for gpu in process.gpus})
         return Reservation(

@@ -96,9 +96,15 @@ class Peer(Protocol):
         """
 
     def reserve(
-        self, migration: str, engine: str, needs: Needs, topology: Topology, options: Options
+        self,
+        migration: str,
+        engine: str,
+        needs: Needs,
+        topology: Topology,
+        options: Options,
+        ahead: bytes = b"",
     ) -> Reservation:
-        """Ask for room. Raises NoGpuMap, InsufficientVram and the like."""
+        """Ask for room; *ahead*: see ProcessEngine. Raises NoGpuMap and the like."""
 
     def restore(
         self, migration: str, order: RestoreOrder, manifest: Mapping[int, bytes]

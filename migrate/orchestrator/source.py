@@ -325,8 +325,14 @@ class SourceMigration:
         )
         self._checkpoint_cancel()
         found.refuse()
+        engine = self.host.engine
         reservation = self.peer.reserve(
-            self.id, self.host.engine.name, found.needs, found.topology, self.options
+            self.id,
+            engine.name,
+            found.needs,
+            found.topology,
+            self.options,
+            engine.ahead(self.process),
         )
         faults.point("source.reserved")
         self._reservation = reservation

@@ -100,7 +100,13 @@ class GrpcPeer:
         )
 
     def reserve(
-        self, migration: str, engine: str, needs: Needs, topology: Topology, options: Options
+        self,
+        migration: str,
+        engine: str,
+        needs: Needs,
+        topology: Topology,
+        options: Options,
+        ahead: bytes = b"",
     ) -> Reservation:
         """Ask for room. Raises AgentUnreachable, CertificateRejected, NoGpuMap and the like."""
         self.close()
@@ -116,6 +122,7 @@ class GrpcPeer:
             needs=msgspec.json.encode(needs),
             topology=msgspec.json.encode(topology),
             options=msgspec.json.encode(options),
+            ahead=ahead,
         )
         with self._lost():
             reply = self._stub().Reserve(request, timeout=RESTORE_BASE)

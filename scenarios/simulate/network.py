@@ -99,7 +99,13 @@ class SimulatedPeer:
         )
 
     def reserve(
-        self, migration: str, engine: str, needs: Needs, topology: Topology, options: Options
+        self,
+        migration: str,
+        engine: str,
+        needs: Needs,
+        topology: Topology,
+        options: Options,
+        ahead: bytes = b"",
     ) -> Reservation:
         """See Peer."""
         source = SourceRecord(
@@ -108,7 +114,7 @@ class SimulatedPeer:
 
         def handle(there: Agent) -> Reservation:
             gpu_map, (address, port), session_id, secret = there.destinations.reserve(
-                migration, source, engine, needs, topology, options
+                migration, source, engine, needs, topology, options, ahead
             )
             return Reservation(
                 store_id=there.journal.store_id,

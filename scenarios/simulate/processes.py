@@ -309,6 +309,14 @@ class Engine:
         """There are none."""
         raise NotImplementedError
 
+    def ahead(self, process: ProcessRef) -> bytes:
+        """There is nothing."""
+        return b""
+
+    def prepare(self, migration: str, ahead: bytes) -> None:
+        """There is nothing."""
+        raise NotImplementedError
+
     def discard(self, migration: str) -> None:
         """See ProcessEngine."""
 

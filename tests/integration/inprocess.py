@@ -82,12 +82,18 @@ class Direct:
         return self.there.all.examine(self._source.name, engine, needs, topology, options, facts, 0)
 
     def reserve(
-        self, migration: str, engine: str, needs: Needs, topology: Topology, options: Options
+        self,
+        migration: str,
+        engine: str,
+        needs: Needs,
+        topology: Topology,
+        options: Options,
+        ahead: bytes = b"",
     ) -> Reservation:
         store = self._source.journal.store_id
         source = SourceRecord(name=self._source.name, address="", store_id=store)
         gpu_map, (host, _), session, secret = self.there.all.reserve(
-            migration, source, engine, needs, topology, options
+            migration, source, engine, needs, topology, options, ahead
         )
         return Reservation(
             store_id=self.there.host.journal.store_id,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15migrate/v1/peer.proto\x12\nmigrate.v1\"\xb8\x01\n\x0eReserveRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x11\n\tmigration\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x16\n\x0esource_address\x18\x04 \x01(\t\x12\x17\n\x0fsource_store_id\x18\x05 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\t\x12\r\n\x05needs\x18\x07 \x01(\x0c\x12\x10\n\x08topology\x18\x08 \x01(\x0c\x12\x0f\n\x07options\x18\t \x01(\x0c\"\x83\x01\n\x0e\x45xamineRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\r\n\x05needs\x18\x03 \x01(\x0c\x12\x10\n\x08topology\x18\x04 \x01(\x0c\x12\x0f\n\x07options\x18\x05 \x01(\x0c\x12\r\n\x05\x66\x61\x63ts\x18\x06 \x01(\x0c\x12\x0e\n\x06sample\x18\x07 \x01(\x04\"\x92\x01\n\x0c\x45xamineReply\x12\x10\n\x08\x66indings\x18\x01 \x01(\x0c\x12\x0f\n\x07gpu_map\x18\x02 \x01(\x0c\x12\r\n\x05\x63lock\x18\x03 \x01(\x01\x12\x11\n\tdata_host\x18\x04 \x01(\t\x12\x11\n\tdata_port\x18\x05 \x01(\r\x12\x12\n\nsession_id\x18\x06 \x01(\x0c\x12\x16\n\x0esession_secret\x18\x07 \x01(\x0c\"\x83\x01\n\x0cReserveReply\x12\x10\n\x08store_id\x18\x01 \x01(\t\x12\x0f\n\x07gpu_map\x18\x02 \x01(\x0c\x12\x11\n\tdata_host\x18\x06 \x01(\t\x12\x11\n\tdata_port\x18\x03 \x01(\r\x12\x12\n\nsession_id\x18\x04 \x01(\x0c\x12\x16\n\x0esession_secret\x18\x05 \x01(\x0c\"\x9f\x01\n\x0eRestoreRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05order\x18\x02 \x01(\x0c\x12:\n\x08manifest\x18\x03 \x03(\x0b\x32(.migrate.v1.RestoreRequest.ManifestEntry\x1a/\n\rManifestEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"@\n\x0cRestoreReply\x12\x10\n\x08store_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07\x66igures\x18\x03 \x01(\x0c\"0\n\x0cGrantRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\"\xef\x01\n\nGrantReply\x12-\n\x06\x61nswer\x18\x01 \x01(\x0e\x32\x1d.migrate.v1.GrantReply.Answer\x12\x10\n\x08store_id\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07\x66igures\x18\x04 \x01(\x0c\"~\n\x06\x41nswer\x12\x16\n\x12\x41NSWER_UNSPECIFIED\x10\x00\x12\t\n\x05OWNED\x10\x01\x12\x0b\n\x07REFUSED\x10\x02\x12\x0e\n\nOWNED_DEAD\x10\x03\x12\r\n\tNO_RECORD\x10\x04\x12\x0b\n\x07WATCHED\x10\x05\x12\x0b\n\x07SUSPECT\x10\x06\x12\x0b\n\x07REVOKED\x10\x07\"1\n\rRevokeRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\"2\n\rCancelRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"2\n\x0b\x43\x61ncelReply\x12\x11\n\tcancelled\x18\x01 \x01(\x08\x12\x10\n\x08store_id\x18\x02 \x01(\t\"!\n\x0cQueryRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\"J\n\nQueryReply\x12\r\n\x05state\x18\x01 \x01(\t\x12\x10\n\x08store_id\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x0c\n\x04life\x18\x04 \x01(\t2\xba\x03\n\x04Peer\x12?\n\x07\x45xamine\x12\x1a.migrate.v1.ExamineRequest\x1a\x18.migrate.v1.ExamineReply\x12?\n\x07Reserve\x12\x1a.migrate.v1.ReserveRequest\x1a\x18.migrate.v1.ReserveReply\x12?\n\x07Restore\x12\x1a.migrate.v1.RestoreRequest\x1a\x18.migrate.v1.RestoreReply\x12\x39\n\x05Grant\x12\x18.migrate.v1.GrantRequest\x1a\x16.migrate.v1.GrantReply\x12;\n\x06Revoke\x12\x19.migrate.v1.RevokeRequest\x1a\x16.migrate.v1.GrantReply\x12<\n\x06\x43\x61ncel\x12\x19.migrate.v1.CancelRequest\x1a\x17.migrate.v1.CancelReply\x12\x39\n\x05Query\x12\x18.migrate.v1.QueryRequest\x1a\x16.migrate.v1.QueryReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15migrate/v1/peer.proto\x12\nmigrate.v1\"\xc7\x01\n\x0eReserveRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x11\n\tmigration\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x16\n\x0esource_address\x18\x04 \x01(\t\x12\x17\n\x0fsource_store_id\x18\x05 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\t\x12\r\n\x05needs\x18\x07 \x01(\x0c\x12\x10\n\x08topology\x18\x08 \x01(\x0c\x12\x0f\n\x07options\x18\t \x01(\x0c\x12\r\n\x05\x61head\x18\n \x01(\x0c\"\x83\x01\n\x0e\x45xamineRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\r\n\x05needs\x18\x03 \x01(\x0c\x12\x10\n\x08topology\x18\x04 \x01(\x0c\x12\x0f\n\x07options\x18\x05 \x01(\x0c\x12\r\n\x05\x66\x61\x63ts\x18\x06 \x01(\x0c\x12\x0e\n\x06sample\x18\x07 \x01(\x04\"\x92\x01\n\x0c\x45xamineReply\x12\x10\n\x08\x66indings\x18\x01 \x01(\x0c\x12\x0f\n\x07gpu_map\x18\x02 \x01(\x0c\x12\r\n\x05\x63lock\x18\x03 \x01(\x01\x12\x11\n\tdata_host\x18\x04 \x01(\t\x12\x11\n\tdata_port\x18\x05 \x01(\r\x12\x12\n\nsession_id\x18\x06 \x01(\x0c\x12\x16\n\x0esession_secret\x18\x07 \x01(\x0c\"\x83\x01\n\x0cReserveReply\x12\x10\n\x08store_id\x18\x01 \x01(\t\x12\x0f\n\x07gpu_map\x18\x02 \x01(\x0c\x12\x11\n\tdata_host\x18\x06 \x01(\t\x12\x11\n\tdata_port\x18\x03 \x01(\r\x12\x12\n\nsession_id\x18\x04 \x01(\x0c\x12\x16\n\x0esession_secret\x18\x05 \x01(\x0c\"\x9f\x01\n\x0eRestoreRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05order\x18\x02 \x01(\x0c\x12:\n\x08manifest\x18\x03 \x03(\x0b\x32(.migrate.v1.RestoreRequest.ManifestEntry\x1a/\n\rManifestEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"@\n\x0cRestoreReply\x12\x10\n\x08store_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07\x66igures\x18\x03 \x01(\x0c\"0\n\x0cGrantRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\"\xef\x01\n\nGrantReply\x12-\n\x06\x61nswer\x18\x01 \x01(\x0e\x32\x1d.migrate.v1.GrantReply.Answer\x12\x10\n\x08store_id\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07\x66igures\x18\x04 \x01(\x0c\"~\n\x06\x41nswer\x12\x16\n\x12\x41NSWER_UNSPECIFIED\x10\x00\x12\t\n\x05OWNED\x10\x01\x12\x0b\n\x07REFUSED\x10\x02\x12\x0e\n\nOWNED_DEAD\x10\x03\x12\r\n\tNO_RECORD\x10\x04\x12\x0b\n\x07WATCHED\x10\x05\x12\x0b\n\x07SUSPECT\x10\x06\x12\x0b\n\x07REVOKED\x10\x07\"1\n\rRevokeRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\"2\n\rCancelRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"2\n\x0b\x43\x61ncelReply\x12\x11\n\tcancelled\x18\x01 \x01(\x08\x12\x10\n\x08store_id\x18\x02 \x01(\t\"!\n\x0cQueryRequest\x12\x11\n\tmigration\x18\x01 \x01(\t\"J\n\nQueryReply\x12\r\n\x05state\x18\x01 \x01(\t\x12\x10\n\x08store_id\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x0c\n\x04life\x18\x04 \x01(\t2\xba\x03\n\x04Peer\x12?\n\x07\x45xamine\x12\x1a.migrate.v1.ExamineRequest\x1a\x18.migrate.v1.ExamineReply\x12?\n\x07Reserve\x12\x1a.migrate.v1.ReserveRequest\x1a\x18.migrate.v1.ReserveReply\x12?\n\x07Restore\x12\x1a.migrate.v1.RestoreRequest\x1a\x18.migrate.v1.RestoreReply\x12\x39\n\x05Grant\x12\x18.migrate.v1.GrantRequest\x1a\x16.migrate.v1.GrantReply\x12;\n\x06Revoke\x12\x19.migrate.v1.RevokeRequest\x1a\x16.migrate.v1.GrantReply\x12<\n\x06\x43\x61ncel\x12\x19.migrate.v1.CancelRequest\x1a\x17.migrate.v1.CancelReply\x12\x39\n\x05Query\x12\x18.migrate.v1.QueryRequest\x1a\x16.migrate.v1.QueryReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,35 +34,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESTOREREQUEST_MANIFESTENTRY']._loaded_options = None
   _globals['_RESTOREREQUEST_MANIFESTENTRY']._serialized_options = b'8\001'
   _globals['_RESERVEREQUEST']._serialized_start=38
-  _globals['_RESERVEREQUEST']._serialized_end=222
-  _globals['_EXAMINEREQUEST']._serialized_start=225
-  _globals['_EXAMINEREQUEST']._serialized_end=356
-  _globals['_EXAMINEREPLY']._serialized_start=359
-  _globals['_EXAMINEREPLY']._serialized_end=505
-  _globals['_RESERVEREPLY']._serialized_start=508
-  _globals['_RESERVEREPLY']._serialized_end=639
-  _globals['_RESTOREREQUEST']._serialized_start=642
-  _globals['_RESTOREREQUEST']._serialized_end=801
-  _globals['_RESTOREREQUEST_MANIFESTENTRY']._serialized_start=754
-  _globals['_RESTOREREQUEST_MANIFESTENTRY']._serialized_end=801
-  _globals['_RESTOREREPLY']._serialized_start=803
-  _globals['_RESTOREREPLY']._serialized_end=867
-  _globals['_GRANTREQUEST']._serialized_start=869
-  _globals['_GRANTREQUEST']._serialized_end=917
-  _globals['_GRANTREPLY']._serialized_start=920
-  _globals['_GRANTREPLY']._serialized_end=1159
-  _globals['_GRANTREPLY_ANSWER']._serialized_start=1033
-  _globals['_GRANTREPLY_ANSWER']._serialized_end=1159
-  _globals['_REVOKEREQUEST']._serialized_start=1161
-  _globals['_REVOKEREQUEST']._serialized_end=1210
-  _globals['_CANCELREQUEST']._serialized_start=1212
-  _globals['_CANCELREQUEST']._serialized_end=1262
-  _globals['_CANCELREPLY']._serialized_start=1264
-  _globals['_CANCELREPLY']._serialized_end=1314
-  _globals['_QUERYREQUEST']._serialized_start=1316
-  _globals['_QUERYREQUEST']._serialized_end=1349
-  _globals['_QUERYREPLY']._serialized_start=1351
-  _globals['_QUERYREPLY']._serialized_end=1425
-  _globals['_PEER']._serialized_start=1428
-  _globals['_PEER']._serialized_end=1870
+  _globals['_RESERVEREQUEST']._serialized_end=237
+  _globals['_EXAMINEREQUEST']._serialized_start=240
+  _globals['_EXAMINEREQUEST']._serialized_end=371
+  _globals['_EXAMINEREPLY']._serialized_start=374
+  _globals['_EXAMINEREPLY']._serialized_end=520
+  _globals['_RESERVEREPLY']._serialized_start=523
+  _globals['_RESERVEREPLY']._serialized_end=654
+  _globals['_RESTOREREQUEST']._serialized_start=657
+  _globals['_RESTOREREQUEST']._serialized_end=816
+  _globals['_RESTOREREQUEST_MANIFESTENTRY']._serialized_start=769
+  _globals['_RESTOREREQUEST_MANIFESTENTRY']._serialized_end=816
+  _globals['_RESTOREREPLY']._serialized_start=818
+  _globals['_RESTOREREPLY']._serialized_end=882
+  _globals['_GRANTREQUEST']._serialized_start=884
+  _globals['_GRANTREQUEST']._serialized_end=932
+  _globals['_GRANTREPLY']._serialized_start=935
+  _globals['_GRANTREPLY']._serialized_end=1174
+  _globals['_GRANTREPLY_ANSWER']._serialized_start=1048
+  _globals['_GRANTREPLY_ANSWER']._serialized_end=1174
+  _globals['_REVOKEREQUEST']._serialized_start=1176
+  _globals['_REVOKEREQUEST']._serialized_end=1225
+  _globals['_CANCELREQUEST']._serialized_start=1227
+  _globals['_CANCELREQUEST']._serialized_end=1277
+  _globals['_CANCELREPLY']._serialized_start=1279
+  _globals['_CANCELREPLY']._serialized_end=1329
+  _globals['_QUERYREQUEST']._serialized_start=1331
+  _globals['_QUERYREQUEST']._serialized_end=1364
+  _globals['_QUERYREPLY']._serialized_start=1366
+  _globals['_QUERYREPLY']._serialized_end=1440
+  _globals['_PEER']._serialized_start=1443
+  _globals['_PEER']._serialized_end=1885
 # @@protoc_insertion_point(module_scope)

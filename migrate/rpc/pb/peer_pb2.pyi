@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("protocol", "migration", "source", "source_address", "source_store_id", "engine", "needs", "topology", "options")
+    __slots__ = ("protocol", "migration", "source", "source_address", "source_store_id", "engine", "needs", "topology", "options", "ahead")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     MIGRATION_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class ReserveRequest(_message.Message):
     NEEDS_FIELD_NUMBER: _ClassVar[int]
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     migration: str
     source: str
@@ -27,7 +28,8 @@ class ReserveRequest(_message.Message):
     needs: bytes
     topology: bytes
     options: bytes
-    def __init__(self, protocol: _Optional[int] = ..., migration: _Optional[str] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_store_id: _Optional[str] = ..., engine: _Optional[str] = ..., needs: _Optional[bytes] = ..., topology: _Optional[bytes] = ..., options: _Optional[bytes] = ...) -> None: ...
+    ahead: bytes
+    def __init__(self, protocol: _Optional[int] = ..., migration: _Optional[str] = ..., source: _Optional[str] = ..., source_address: _Optional[str] = ..., source_store_id: _Optional[str] = ..., engine: _Optional[str] = ..., needs: _Optional[bytes] = ..., topology: _Optional[bytes] = ..., options: _Optional[bytes] = ..., ahead: _Optional[bytes] = ...) -> None: ...
 
 class ExamineRequest(_message.Message):
     __slots__ = ("protocol", "engine", "needs", "topology", "options", "facts", "sample")

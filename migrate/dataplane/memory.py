@@ -27,6 +27,8 @@ from migrate.dataplane import sigbus
 from migrate.dataplane.access import Buffer, MemoryAccess
 from migrate.dataplane.chunks import address_of
 
+LARGE = 64 << 20  # bytes; to unmap a GiB of filled page tables takes 40 ms
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _POPULATE_READ = 22  # asm-generic/mman-common.h, since Linux 5.14
 _madvise = _libc.madvise
@@ -204,16 +206,21 @@ class MmapAccess:
             sigbus.copy(start, address_of(source), len(data), mapping)
 
     def close(self) -> None:
-        """See MemoryAccess. Idempotent; other threads' copies end first, new ones fail."""
+        """See MemoryAccess. Idempotent; other threads' copies end first, new ones fail.
+
+        A large mapping is given back a moment later, by a thread of its own: nobody waits for it.
+        """
         with self._idle:
             if self._closed:
                 return
             self._closed = True
             while self._users:
                 self._idle.wait()
-            if self._map is not None:
-                self._map.close()
-                self._map = self._mapping = None
+            gone, self._map, self._mapping = self._map, None, None
+        if gone is not None and self.size >= LARGE:
+            threading.Thread(target=gone.close, name="unmap").start()
+        elif gone is not None:
+            gone.close()
         if self._own:
             os.close(self._fd)
 

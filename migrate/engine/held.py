@@ -261,7 +261,7 @@ def _start(spawn: Spawn, executor: int, log: Path) -> ProcessRef:
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         started = start_again(spawn, executor)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # of a name with a NUL, say
         raise RestoreFailed(f"{spawn.command[0]}: {error}") from error
     limits.give_back(started.pid)
     # Its parent is this agent as long as that lives: somebody has to take its exit code.

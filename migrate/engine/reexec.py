@@ -231,8 +231,10 @@ class ReexecEngine:
 
         An interpreter and a program's modules take longer than all the rest of a build.
         """
-        log = self._log(migration)
-        early = Started.start(here(_decoded(ahead, Spawn), self._paths, log), log)
+        log, spawn = self._log(migration), _decoded(ahead, Spawn)
+        if not spawn.command:
+            raise EngineUnsupported("the peer says no command to begin with")
+        early = Started.start(here(spawn, self._paths, log), log)
         with self._lock:
             self._early[migration] = early
 

@@ -13,7 +13,7 @@ import pytest
 from migrate.engine import procfs
 from migrate.engine.document import Spawn
 from migrate.engine.reexec import ReexecEngine
-from migrate.errors import NoSuchProcess, RestoreFailed
+from migrate.errors import EngineUnsupported, NoSuchProcess, RestoreFailed
 from migrate.model import ProcessRef
 from tests.integration.engine_rig import Host, hosts, job, migrate, until
 
@@ -108,5 +108,11 @@ def test_what_can_not_be_begun_says_so(pair: list[Host], tmp_path: Path) -> None
     spawn = Spawn(command=(str(tmp_path / "none"),), directory="/", environment={}, output=("", ""))
     with pytest.raises(RestoreFailed, match="none"):
         engine.prepare("m1", msgspec.msgpack.encode(spawn))
+    for nonsense in ((), ("\0",), ("/bin/true", "\0")):
+        other = msgspec.structs.replace(spawn, command=nonsense)
+        with pytest.raises((EngineUnsupported, RestoreFailed)):
+            engine.prepare("m1", msgspec.msgpack.encode(other))
+    with pytest.raises(EngineUnsupported):
+        engine.prepare("m1", b"nonsense")
     with pytest.raises(NoSuchProcess):
         engine.ahead(ProcessRef(pid=1 << 22, start_time=1, boot_id=""))

@@ -13,11 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from migrate.dataplane.access import MemoryAccess
-from migrate.dataplane.memory import BytesAccess, MmapAccess, ProcessMemoryAccess
+from migrate.dataplane.memory import LARGE, BytesAccess, MmapAccess, ProcessMemoryAccess
 
 PIECE = 4 << 20
 SIZE = 2 * PIECE + 12345
@@ -199,6 +200,28 @@ def test_closing_waits_for_copies_and_ends_later_ones() -> None:
     for thread in threads:
         thread.join()
     assert [error.errno for error in errors] == [errno.EBADF] * 3
+
+
+def _is_mapped(fd: int) -> bool:
+    return f" {os.fstat(fd).st_ino} " in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("size", [SIZE, LARGE])
+def test_a_closed_mapping_goes(size: int) -> None:
+    fd = os.memfd_create("object", os.MFD_CLOEXEC)
+    os.ftruncate(fd, size)
+    os.pwrite(fd, b"x", 0)
+    access = MmapAccess(fd, size, own=False)
+    assert read(access, 0, 1) == b"x"
+    assert _is_mapped(fd)
+    access.close()
+    deadline = time.monotonic() + 10
+    while _is_mapped(fd):
+        assert size >= LARGE
+        assert time.monotonic() < deadline
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        read(access, 0, 1)
+    os.close(fd)
 
 
 def test_zeros_in_place_of_vanished_pages_are_never_taken_for_contents() -> None:

@@ -16,6 +16,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.chunks import (
@@ -33,8 +34,10 @@ HUGE_PAGE = 2 << 20  # bytes
 PIECE = HUGE_PAGE  # moved at a time by place and verify; whole huge pages are given back
 MAX_WORKERS = 8  # threads that place or verify one object
 WORTH_A_THREAD = 8 << 20  # bytes
+WORTH_SHARING = 2 * WORTH_A_THREAD  # bytes of one object
 PAGE = mmap.PAGESIZE
 _POPULATE_WRITE = 23  # asm-generic/mman-common.h, since Linux 5.14
+T = TypeVar("T")
 _NORESERVE = 0x4000  # asm-generic/mman.h; the mmap module lacks it
 
 
@@ -306,24 +309,39 @@ def pieces(size: int) -> Iterator[tuple[int, int]]:
 
 
 def _share(size: int, work: Callable[[Iterator[tuple[int, int]]], None]) -> None:
-    """Have the pieces of *size* bytes done by as many threads as pay; raises the first error.
+    """Have the pieces of *size* bytes done by as many threads as pay."""
+    in_parallel(pieces(size), work, size)
+
+
+def in_parallel(parts: Iterable[T], work: Callable[[Iterator[T]], None], size: int) -> None:
+    """Have *parts*, *size* bytes together, done by as many threads as pay.
+
+    *work* takes them one by one. Raises its first error; no part is begun after one.
 
     The process stands meanwhile, and so do the streams: the cores have nothing else to do.
     """
     threads = min(MAX_WORKERS, len(os.sched_getaffinity(0)), size // WORTH_A_THREAD)
     if threads < 2:
-        work(pieces(size))
+        work(iter(parts))
         return
-    left, lock = pieces(size), threading.Lock()
+    left, lock, failed = iter(parts), threading.Lock(), threading.Event()
 
-    def taken() -> Iterator[tuple[int, int]]:
-        while True:
+    def taken() -> Iterator[T]:
+        while not failed.is_set():
             with lock:
-                piece = next(left, None)
-            if piece is None:
-                return
-            yield piece
+                try:
+                    part = next(left)
+                except StopIteration:
+                    return
+            yield part
+
+    def take() -> None:
+        try:
+            work(taken())
+        except BaseException:
+            failed.set()
+            raise
 
     with ThreadPoolExecutor(threads, thread_name_prefix="data-place") as pool:
-        for done in [pool.submit(work, taken()) for _ in range(threads)]:
+        for done in [pool.submit(take) for _ in range(threads)]:
             done.result()

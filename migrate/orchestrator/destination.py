@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from migrate import faults
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import PartAccess
-from migrate.dataplane.staging import Staging
+from migrate.dataplane.staging import WORTH_SHARING, Staging, in_parallel
 from migrate.dataplane.vram import VramTally
 from migrate.engine.seam import HeldProcess, MovedBo, MovedGpu
 from migrate.errors import (
@@ -499,7 +499,7 @@ class DestinationMigration:
                 target = PartAccess(file, item.offset, item.size)
                 try:
                     self._place(item, target)
-                    self._verify(item, target, manifest)
+                    self._verified += self._verify(item, target, manifest)
                 finally:
                     target.close()
 
@@ -510,12 +510,13 @@ class DestinationMigration:
 
     def _verify(
         self, item: ObjectOrder, target: MemoryAccess, manifest: Mapping[int, bytes]
-    ) -> None:
+    ) -> int:
+        """How many chunks are right. Raises VerificationFailed if one is not."""
         self._go_on()
         if item.object_id not in manifest:
             raise VerificationFailed(f"object {item.object_id} has no digests")
         assert self._staging is not None
-        self._verified += self._staging.verify(item.object_id, target, manifest[item.object_id])
+        return self._staging.verify(item.object_id, target, manifest[item.object_id])
 
     def _record_copy(self, process: ProcessRef, restored: tuple[RestoreProof, ...] = ()) -> None:
         self.copy = CopyRecord(process=process, restored=restored)
@@ -535,21 +536,41 @@ class DestinationMigration:
         if strangers:
             raise VerificationFailed(f"objects {sorted(strangers)} came and are in no order")
         memory = [item for item in order.objects if item.blob is None]
+        verified: list[int] = []
         with Targets(held, order, restored, self.host.vram_access, self._vram) as targets:
-            for item in memory:
+
+            def place(item: ObjectOrder) -> None:
                 with targets.open(item, "write") as target:
                     self._place(item, target)
+
+            def verify(item: ObjectOrder) -> None:
+                with targets.open(item, "read") as target:
+                    verified.append(self._verify(item, target, manifest))
+
+            _do_all(memory, place)
             self._clock.lap("placement")
             faults.point("destination.placed")
-            for item in memory:
-                with targets.open(item, "read") as target:
-                    self._verify(item, target, manifest)
+            _do_all(memory, verify)
+        self._verified += sum(verified)
         self._clock.lap("read_back")
         faults.point("destination.verified")
 
     def _go_on(self) -> None:
         if self._cancel.is_set():
             raise Cancelled("the source cancelled")
+
+
+def _do_all(items: Sequence[ObjectOrder], do: Callable[[ObjectOrder], None]) -> None:
+    """Large objects one by one, as threads share the pieces of each; threads share the others."""
+
+    def work(taken: Iterator[ObjectOrder]) -> None:
+        for item in taken:
+            do(item)
+
+    large = [item for item in items if item.size >= WORTH_SHARING]
+    work(iter(large))
+    others = [item for item in items if item.size < WORTH_SHARING]
+    in_parallel(others, work, sum(item.size for item in others))
 
 
 def _open_nodes(

@@ -19,7 +19,7 @@ MAX_KEPT = 4096  # mappings; a process may have 65530 (vm.max_map_count), stagin
 
 
 class Targets:
-    """The objects of one order. A context manager: it closes what it keeps."""
+    """The objects of one order, each opened by one thread at a time. Closes what it keeps."""
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 A workload that rewrites 5% of its VRAM all the time is moved between two simulated hosts over
 a paced link, with pre-copy and without in turn. The hosts' VRAM is populated before the first
 turn, as a card's is: the workload runs on each host once, and the pages that it touched stay.
+One migration with pre-copy is not counted: it is what the first prediction learns from.
 Prints one JSON document; with --folder also a table and plots. Of each size, medians over the
 turns:
 
@@ -117,8 +118,8 @@ def measure(sizes: list[float], repeat: int, link: float) -> dict[str, Any]:
         with Cluster.temporary() as cluster:  # agents anew: peaks are of one size
             for name in ("a", "b"):
                 add_host(cluster, name, int(size * GIB))
+            migrated(cluster, "first", int(size * GIB), link, precopy=True)
             for turn in range(repeat):
-                # Stop-and-copy first: the prediction learns from what the agents did before.
                 both = [
                     migrated(cluster, name, int(size * GIB), link, precopy=precopy)
                     for name, precopy in ((f"stop-{turn}", False), (f"live-{turn}", True))

@@ -253,6 +253,7 @@ class SourceMigration:
     def _finish(self, error: MigrateError | None) -> Report:
         if self._sender is not None:
             self._sender.close()
+            self._sender = None  # its buffers are large, and this is remembered for long
         state = self.side.machine.state
         if state in (SourceState.GRANTED, SourceState.RELEASING, SourceState.DONE):
             error = None  # what failed on the way did not decide

@@ -515,19 +515,34 @@ bool amdgpu_amdkfd_bo_mapped_to_dev(struct amdgpu_device *adev, struct kgd_mem *
 	return found;
 }
 
-static struct page *user_page(struct mm_struct *mm, u64 address)
+static struct page *get_user_page(struct mm_struct *mm, u64 address, unsigned int flags)
 {
 	struct page *page = NULL;
 	int locked = 1;
 
-	if (!mmget_not_zero(mm))
-		return NULL;
 	mmap_read_lock(mm);
-	if (get_user_pages_remote(mm, address & PAGE_MASK, 1, FOLL_WRITE, &page, NULL,
-				  &locked) != 1)
+	if (get_user_pages_remote(mm, address & PAGE_MASK, 1, flags, &page, NULL, &locked) != 1)
 		page = NULL;
 	if (locked)
 		mmap_read_unlock(mm);
+	return page;
+}
+
+/*
+ * A card has the translation of a page that is the process's own: what it writes is no fault
+ * of the CPU's tables and sets no bit in them, soft-dirty neither.
+ */
+static struct page *user_page(struct mm_struct *mm, u64 address)
+{
+	struct page *page;
+
+	if (!mmget_not_zero(mm))
+		return NULL;
+	page = get_user_page(mm, address, 0);
+	if (page && !(PageAnon(page) && !PageCompound(page) && PageAnonExclusive(page))) {
+		put_page(page);
+		page = get_user_page(mm, address, FOLL_WRITE);
+	}
 	/* Not the last one to leave: exit_mmap() calls into amdkfd. */
 	mmput_async(mm);
 	return page;

@@ -78,6 +78,18 @@ class Bytes(Value):
     wire: int = 0
 
 
+class CpuMemory(Value):
+    """CPU memory by when it was sent, in bytes; what was sent twice counts twice.
+
+    ``in_freeze_because``: why none was sent before, though there was pre-copy.
+    """
+
+    before: int = 0
+    frozen: int = 0
+    seconds: float = 0.0  # that sending ``before`` took
+    in_freeze_because: str = ""
+
+
 class GpuRow(Value):
     """Which GPU took the place of which. ``user_gpu_id`` is what the process sees, always."""
 
@@ -189,6 +201,7 @@ class Report(Value):
     predicted_downtime: float | None = None
     rounds: tuple[Round, ...] = ()
     bytes: Bytes = Bytes()
+    cpu: CpuMemory = CpuMemory()
     codecs: dict[str, float] = msgspec.field(default_factory=dict)
     gpu_map: tuple[GpuRow, ...] = ()
     pending_packets: int = 0

@@ -52,9 +52,12 @@ def render(output: Output, report: Report) -> None:
 def _render_success(output: Output, report: Report) -> None:
     moved = report.bytes
     output.text(
-        f"Moved: VRAM {size(moved.vram)}, GTT {size(moved.gtt)}, CPU {size(moved.cpu)};"
+        f"Moved: VRAM {size(moved.vram)}, GTT {size(moved.gtt)}, CPU {size(report.cpu.before)}"
+        f" before the freeze and {size(report.cpu.frozen)} in it;"
         f" {size(moved.wire)} on the wire; {report.chunks_verified} chunks verified"
     )
+    if report.cpu.in_freeze_because:
+        output.text(f"CPU memory was sent in the freeze: {report.cpu.in_freeze_because}")
     if report.prediction is not None:
         output.text(
             f"Preflight said: {duration(report.prediction.seconds)} in all (was"

@@ -32,7 +32,9 @@ class RequestType(IntEnum):
     RESTORE = 2
     CHECK = 3
     NOTIFY = 6
+    FEATURE_CHECK = 9
     VERSION = 10
+    SINGLE_PRE_DUMP = 13
 
 
 class CgroupMode(IntEnum):
@@ -42,7 +44,11 @@ class CgroupMode(IntEnum):
 
 
 class CriuOptions(Value):
-    """The fields of criu_opts that are used; see ``criu --help``. Folders must exist."""
+    """The fields of criu_opts that are used; see ``criu --help``. Folders must exist.
+
+    ``track_memory``: what is written from now on is told from what is not. ``parent``: the
+    images of a pre-dump, a path from ``images``; what was not written since is not dumped.
+    """
 
     images: str
     work: str  # log and statistics go here
@@ -51,6 +57,8 @@ class CriuOptions(Value):
     freeze_cgroup: str = ""
     tcp_close: bool = False
     auto_dedup: bool = False
+    track_memory: bool = False
+    parent: str = ""
     ghost_limit: int = GHOST_LIMIT
 
     def encode(self, images_dir_fd: int, work_dir_fd: int) -> bytes:
@@ -67,6 +75,7 @@ class CriuOptions(Value):
             34: CgroupMode.IGNORE,
             35: self.ghost_limit,
             52: self.tcp_close,
+            15: self.track_memory,
             16: self.auto_dedup,
             3: bool(self.pid),  # leave_running: see migrate.engine.criu for why
         }
@@ -74,6 +83,8 @@ class CriuOptions(Value):
             fields[2] = self.pid
         if self.freeze_cgroup:
             fields[44] = self.freeze_cgroup
+        if self.parent:
+            fields[14] = self.parent
         return encode(fields)
 
 
@@ -150,6 +161,15 @@ class Swrk:
             raise CriuUnusable("criu does not tell its version")
         return found.integer(1), found.integer(2), found.integer(4)
 
+    def tracks_memory(self) -> bool:
+        """Whether kernel and CRIU tell which pages were written (soft-dirty bits).
+
+        Raises CriuUnusable.
+        """
+        self._send(encode({1: RequestType.FEATURE_CHECK, 5: encode({1: True})}))
+        found = self._receive().message(8)
+        return found is not None and bool(found.integer(1))
+
     def _send(self, data: bytes) -> None:
         try:
             self._channel.send(data, socket.MSG_NOSIGNAL)
@@ -186,6 +206,15 @@ def criu_version(criu: str) -> tuple[int, int, int]:
     swrk = Swrk(criu, {})
     try:
         return swrk.version()
+    finally:
+        swrk.close()
+
+
+def tracks_memory(criu: str) -> bool:
+    """Whether the program *criu* and this kernel can pre-dump. Raises CriuUnusable."""
+    swrk = Swrk(criu, {})
+    try:
+        return swrk.tracks_memory()
     finally:
         swrk.close()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,9 +19,11 @@ from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import ProcessMemoryAccess
 from migrate.engine import cgroup, control, criu_tree, procfs
 from migrate.engine.copied import Places
+from migrate.engine.criu_devices import kfd_processes
 from migrate.engine.criu_document import CriuDocument
-from migrate.engine.criu_dump import Dump, kfd_processes
+from migrate.engine.criu_dump import Dump
 from migrate.engine.criu_images import Images
+from migrate.engine.criu_predump import FOLDER, PreDump
 from migrate.engine.criu_restore import Restoration
 from migrate.engine.criu_tree import Trees
 from migrate.engine.image_file import ImageFile
@@ -65,6 +67,7 @@ class CriuEngine:
         self._hooks = Path(paths.run) / HOOK
         self._trees = Trees(paths)
         self._lock = threading.Lock()
+        self._before: dict[ProcessRef, PreDump] = {}
         self._dumps: dict[ProcessRef, Dump] = {}
         self._received: dict[str, Images] = {}  # by migration
 
@@ -110,6 +113,31 @@ class CriuEngine:
         """See ProcessEngine."""
         return self._traced(process, visit, leave_paused=False)
 
+    def precopy(self, process: ProcessRef) -> Iterator[tuple[Piece, MemoryAccess]]:
+        """See ProcessEngine. Raises EngineUnsupported, CheckpointFailed, CriuUnusable."""
+        self._end_dump(process)
+        folder = self._dump_folder(process)
+        try:
+            before = PreDump(self._criu, self._hooks, self._paths, process, folder)
+        except OSError as error:
+            raise CheckpointFailed(f"no pre-dump: {error}") from error
+        with self._lock:
+            self._before[process] = before
+        return before.pieces()
+
+    def outdated(self, process: ProcessRef, written: Iterable[CpuRange]) -> Sequence[Piece]:
+        """See ProcessEngine. Raises CheckpointFailed."""
+        before = self._whole_before(process)
+        try:
+            return before.outdated(written) if before is not None else ()
+        except OSError as error:
+            raise CheckpointFailed(f"its memory can't be looked at: {error}") from error
+
+    def _whole_before(self, process: ProcessRef) -> PreDump | None:
+        with self._lock:
+            found = self._before.get(process)
+        return found if found is not None and found.complete else None
+
     def freeze(self, process: ProcessRef) -> CpuImage:
         """See ProcessEngine. Raises CgroupUnusable, FreezeTimeout."""
         if not procfs.is_alive(process):
@@ -138,6 +166,7 @@ class CriuEngine:
             folder,
             tcp_close=TCP_CLOSE in ways_out,
             copy_files=self._opened(process, copy_files),
+            before=self._whole_before(process),
         )
         with self._lock:
             self._dumps[process] = dump
@@ -206,11 +235,15 @@ class CriuEngine:
     def _end_dump(self, process: ProcessRef) -> None:
         """No dump is under way after it, and no images are left."""
         with self._lock:
-            dump = self._dumps.pop(process, None)
-        if dump is not None:
-            dump.give_up()
+            under_way = self._dumps.pop(process, None), self._before.pop(process, None)
+        for dump in under_way:
+            if dump is not None:
+                dump.give_up()
         # Also those of an agent that was killed: they are memory where /run is a tmpfs.
-        shutil.rmtree(self._dump_folder(process) / "images", ignore_errors=True)
+        folder = self._dump_folder(process)
+        for name in ("images", FOLDER):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / "hook").unlink(missing_ok=True)
 
     # ------------------------------------------------------------ destination
 
@@ -219,7 +252,7 @@ class CriuEngine:
         folder, name = self._folder(migration) / "images", _checked(coming.name)
         with self._lock:
             images = self._received.setdefault(migration, Images(folder))
-        return images.open(Blob(name=name, size=coming.size))
+        return images.open(Blob(name=name, size=coming.size, sparse=coming.sparse))
 
     def prepare(self, migration: str, ahead: bytes) -> None:
         """See ProcessEngine: there is nothing."""
@@ -229,6 +262,10 @@ class CriuEngine:
         if image.engine != self.name:
             raise EngineUnsupported(f"the image is one of the engine {image.engine}")
         document = CriuDocument.decode(image.state)
+        with self._lock:
+            images = self._received.get(migration)
+        if images is not None:
+            images.finish()
         self._put(document, migration)
         minors: dict[int, int] = {}
         hidden: tuple[tuple[int, int], ...] = ()

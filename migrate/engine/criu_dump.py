@@ -9,11 +9,8 @@ that somebody owes CRIU can thaw the source.
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import shutil
-import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,28 +20,23 @@ from migrate.criu.rpc import CriuOptions, Notification, RequestType, Swrk, criu_
 from migrate.engine import copied, criu_tree
 from migrate.engine.cgroup import Cgroup
 from migrate.engine.copied import CopiedFile
+from migrate.engine.criu_devices import DeviceFiles
 from migrate.engine.criu_document import (
-    DRM_MAJOR,
-    KFD,
     CriuDocument,
     DeviceFile,
-    minor_to_gpu,
 )
-from migrate.engine.criu_hooks import HookServer
-from migrate.engine.criu_pages import PagePipes, PieceAccess
-from migrate.engine.hook import SOCKET_VARIABLE, Hook, HookCall, Stage, Verdict
+from migrate.engine.criu_hooks import LIBRARIES_VARIABLE, HookServer
+from migrate.engine.criu_pages import SHARED, PagePipes, PieceAccess
+from migrate.engine.criu_predump import FOLDER, PREFIX, PreDump
+from migrate.engine.hook import SOCKET_VARIABLE, UNSUPPORTED, Hook, HookCall, Stage, Verdict
 from migrate.engine.seam import Blob, CpuImage, Piece, T, Visitor
 from migrate.engine.tracing import guard
 from migrate.errors import CheckpointFailed, MigrateError
 from migrate.kfd.file import find_kfd_fds
 from migrate.kfd.process import KfdProcess
-from migrate.kfd.sysfs import read_processes, read_render_minors
 from migrate.model import HostPaths, ProcessRef
 
 _log = logging.getLogger(__name__)
-LIBRARIES_VARIABLE = "CRIU_LIBS_DIR"  # where CRIU looks for plugins; its RPC has no field for it
-SHARED = 64  # page files that are piped beside one for each task: of shared memory
-UNSUPPORTED = Verdict(value=-errno.ENOTSUP)
 
 
 class Dump:
@@ -61,26 +53,26 @@ class Dump:
         *,
         tcp_close: bool = False,
         copy_files: Sequence[str] = (),
+        before: PreDump | None = None,
     ) -> None:
         """Start it; CRIU is at work when this returns. Raises CriuUnusable, OSError."""
         self.process = process
         self.images = folder / "images"
         self._work = folder
         self._tcp_close = tcp_close
+        self._before = before
         self._copied = copied_files(copy_files)
         self._paths = paths
         self._group = group
-        self._kfd = kfd_processes(process.pid, paths)
-        self._guard = guard(paths) if self._kfd else None
-        self._kfd_rdev = os.stat(paths.kfd).st_rdev if self._kfd else -1
-        self._render_nodes = read_render_minors(paths.topology) if self._kfd else {}
+        self._devices = DeviceFiles(process, paths)
+        self._guard = guard(paths) if self._devices.kfd else None
         self._files: dict[int, DeviceFile] = {}
         self._state = threading.Condition()
         self._paused: list[KfdProcess] | None = None  # to be visited now
         self._visited = False
         self._failed: MigrateError | None = None
         self._done = False
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder if before is None else self.images, ignore_errors=True)
         self.images.mkdir(parents=True, mode=0o700)
         self._pages = PagePipes(self.images, len(criu_tree.tree(process.pid)) + SHARED)
         self._server = HookServer(folder / "hook", self._answer)
@@ -132,9 +124,9 @@ class Dump:
             raise CheckpointFailed(f"criu left {self._group.path} thawed")
         document = CriuDocument(
             root=self.process.pid,
-            kfd=tuple(self._kfd),
+            kfd=tuple(self._devices.kfd),
             files=tuple(self._files.values()),
-            render_nodes=self._render_nodes,
+            render_nodes=self._devices.render_nodes,
             criu=self._version,
             tcp_close=self._tcp_close,
             copied=self._copied,
@@ -144,12 +136,17 @@ class Dump:
             if not path.is_symlink():
                 sizes[path.name] = path.stat().st_size
         sizes.update((file.blob, file.size) for file in self._copied)
-        blobs = tuple(Blob(name=name, size=size) for name, size in sorted(sizes.items()))
-        return CpuImage(engine=image.engine, state=document.encode(), ranges=(), blobs=blobs)
+        # Page maps come before the page files: see criu_images.
+        blobs = self._before.blobs() if self._before is not None else []
+        blobs += (Blob(name=name, size=size) for name, size in sorted(sizes.items()))
+        state = document.encode()
+        return CpuImage(engine=image.engine, state=state, ranges=(), blobs=tuple(blobs))
 
     def file_of(self, blob: str) -> Path:
         """Where the bytes of a file of the image are."""
         copied = (Path(file.path) for file in self._copied if file.blob == blob)
+        if blob.startswith(PREFIX):
+            return self._work / FOLDER / blob.removeprefix(PREFIX)
         return next(copied, self.images / blob)
 
     def give_up(self) -> None:
@@ -179,6 +176,8 @@ class Dump:
             pid=self.process.pid,
             freeze_cgroup=str(self._group.path),
             tcp_close=self._tcp_close,
+            track_memory=self._before is not None,
+            parent=f"../{FOLDER}" if self._before is not None else "",
         )
         try:
             response = self._swrk.request(RequestType.DUMP, options, self._notified)
@@ -218,14 +217,16 @@ class Dump:
             case Hook.DUMP_EXT_FILE:
                 return self._dump_file(call)
             case Hook.HANDLE_DEVICE_VMA:
-                return Verdict() if self._gpu_of(call) is not None else UNSUPPORTED
+                return Verdict() if self._devices.gpu_of(call) is not None else UNSUPPORTED
         return Verdict()
 
     def _checkpoint(self, call: HookCall) -> None:
         """The first of these: every task is stopped, and CRIU waits for us."""
         if self._visited:
             return
-        taken = {pid: call.take_fd(pid, find_kfd_fds(pid, self._paths)[0]) for pid in self._kfd}
+        taken = {
+            pid: call.take_fd(pid, find_kfd_fds(pid, self._paths)[0]) for pid in self._devices.kfd
+        }
         with self._state:
             self._paused = [
                 KfdProcess(call.file(number), pid, before_pause=self._guard)
@@ -240,21 +241,11 @@ class Dump:
             call.close(number)  # one that stays open would keep a dead process's VRAM
 
     def _dump_file(self, call: HookCall) -> Verdict:
-        gpu = self._gpu_of(call)
+        gpu = self._devices.gpu_of(call)
         if gpu is None:
             return UNSUPPORTED
         self._files[call.event.id] = DeviceFile(id=call.event.id, gpu_id=gpu)
         return Verdict()
-
-    def _gpu_of(self, call: HookCall) -> int | None:
-        rdev = call.event.rdev
-        if not stat.S_ISCHR(call.event.mode):
-            return None
-        if rdev == self._kfd_rdev:
-            return KFD
-        if os.major(rdev) != DRM_MAJOR:
-            return None
-        return minor_to_gpu(self._render_nodes).get(os.minor(rdev))
 
 
 def copied_files(paths: Sequence[str]) -> tuple[CopiedFile, ...]:
@@ -264,15 +255,6 @@ def copied_files(paths: Sequence[str]) -> tuple[CopiedFile, ...]:
     except OSError as error:
         raise CheckpointFailed(f"{error.filename} can't be copied: {error.strerror}") from error
     return tuple(file for file in found if file is not None)
-
-
-def kfd_processes(root: int, paths: HostPaths) -> list[int]:
-    """Pids of the tree below *root* that are KFD processes, the root's first.
-
-    A child that only inherited the file is none: the driver knows processes by their memory.
-    """
-    known = {usage.pid for usage in read_processes(paths)}
-    return [pid for pid in criu_tree.tree(root) if pid in known and find_kfd_fds(pid, paths)]
 
 
 def _unpause(process: KfdProcess) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from migrate.engine.hook import Handler, HookCall, Verdict, serve
 from migrate.errors import MigrateError
 
+LIBRARIES_VARIABLE = "CRIU_LIBS_DIR"  # where CRIU looks for plugins; its RPC has no field for it
 _log = logging.getLogger(__name__)
 _SHUT = OSError, ValueError
 

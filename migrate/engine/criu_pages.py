@@ -22,17 +22,19 @@ from migrate.engine.seam import Piece
 
 PIECE = 16 << 20  # bytes
 PIECES = 6  # held at a time: what the source needs beyond the process is 100 MiB
+SHARED = 64  # page files that are piped beside one for each task: of shared memory
 _WAIT = 0.1  # seconds between looks whether it was closed
 
 
 class PagePipes:
-    """The page files of one dump."""
+    """The page files of one dump, which travel as *prefix* and their name."""
 
-    def __init__(self, images: Path, count: int) -> None:
+    def __init__(self, images: Path, count: int, prefix: str = "") -> None:
         """Links to *count* pipes in *images*; files beyond them CRIU makes itself.
 
         Raises OSError.
         """
+        self._prefix = prefix
         self._images = images
         self._state = threading.Condition()
         self._room = PIECES
@@ -109,7 +111,7 @@ class PagePipes:
             return
         offset = self._sizes.get(self._of, 0)
         self._sizes[self._of] = offset + self._filled
-        piece = Piece(name=self._of, offset=offset, size=self._filled)
+        piece = Piece(name=self._prefix + self._of, offset=offset, size=self._filled)
         access = PieceAccess(buffer, self._filled, lambda: self._give_back(buffer))
         yield piece, access
 

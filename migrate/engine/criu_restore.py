@@ -30,8 +30,7 @@ from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import ProcessMemoryAccess
 from migrate.engine import cgroup, criu_tree, procfs
 from migrate.engine.criu_document import KFD, CriuDocument, minor_to_gpu
-from migrate.engine.criu_dump import LIBRARIES_VARIABLE
-from migrate.engine.criu_hooks import HookServer
+from migrate.engine.criu_hooks import LIBRARIES_VARIABLE, HookServer
 from migrate.engine.criu_tree import TreeRecord, Trees
 from migrate.engine.document import FileMapping, moved
 from migrate.engine.hook import SOCKET_VARIABLE, Hook, HookCall, Verdict

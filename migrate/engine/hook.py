@@ -7,6 +7,7 @@ process one connection serves all hooks; tasks that are being restored connect f
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -78,6 +79,9 @@ class Verdict(Value):
     value: int = 0
     fd: int = -1
     new_offset: int = 0
+
+
+UNSUPPORTED = Verdict(value=-errno.ENOTSUP)
 
 
 class HookCall:

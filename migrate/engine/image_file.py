@@ -27,6 +27,14 @@ class ImageFile:
     def read(self, offset: int, into: memoryview) -> None:
         """See MemoryAccess. EFAULT where the file has ended."""
         self._check(offset, len(into))
+        self._read(offset, into)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """See MemoryAccess."""
+        self._check(offset, len(data))
+        self._write(offset, data)
+
+    def _read(self, offset: int, into: memoryview) -> None:
         done = 0
         while done < len(into):
             count = os.preadv(self._fd, [into[done:]], offset + done)
@@ -34,9 +42,7 @@ class ImageFile:
                 raise OSError(errno.EFAULT, f"the file ends before {offset + done:#x}")
             done += count
 
-    def write(self, offset: int, data: memoryview) -> None:
-        """See MemoryAccess."""
-        self._check(offset, len(data))
+    def _write(self, offset: int, data: memoryview) -> None:
         done = 0
         while done < len(data):
             done += os.pwrite(self._fd, data[done:], offset + done)

@@ -15,7 +15,7 @@ import contextlib
 import os
 import stat
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -192,6 +192,13 @@ class ReexecEngine:
     ) -> T:
         """See ProcessEngine: the image is whole since the freeze."""
         return self.visit_frozen(process, visit)
+
+    def precopy(self, process: ProcessRef) -> None:
+        """See ProcessEngine: it does not."""
+
+    def outdated(self, process: ProcessRef, written: Iterable[CpuRange]) -> Sequence[Piece]:
+        """See ProcessEngine: none."""
+        return ()
 
     def pieces(self, process: ProcessRef) -> Iterator[tuple[Piece, MemoryAccess]]:
         """See ProcessEngine: there are none."""

@@ -11,7 +11,7 @@ an agent that comes back after kill -9 has nothing but its journal.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from migrate.dataplane.access import MemoryAccess
@@ -48,10 +48,14 @@ class CpuRange(Value):
 
 
 class Blob(Value):
-    """A file of the engine's own that has to be at the destination before the restore."""
+    """A file of the engine's own that has to be at the destination before the restore.
+
+    ``sparse``: nobody reads what of it is not sent.
+    """
 
     name: str
     size: int  # bytes
+    sparse: bool = False
 
 
 class Piece(Value):
@@ -133,6 +137,20 @@ class ProcessEngine(Protocol):
 
         If the agent dies inside, the helper that holds the process UNPAUSEs and lets go.
         Raises PtraceDenied, AlreadyTraced, NoSuchProcess.
+        """
+
+    def precopy(self, process: ProcessRef) -> Iterator[tuple[Piece, MemoryAccess]] | None:
+        """CPU memory of the running process, in pieces of Blobs of the image, to be taken to
+        the end: then ``dump`` leaves out what was not written since. None: not this engine.
+
+        Raises MigrateError if it can't be, then or from the iterator, which harms nothing.
+        """
+
+    def outdated(self, process: ProcessRef, written: Iterable[CpuRange]) -> Sequence[Piece]:
+        """While ``dump`` visits: which pieces of ``precopy`` nobody needs any more.
+
+        ``written``: memory that may have been written, though no bit says so. All of it
+        comes with the dump.
         """
 
     def freeze(self, process: ProcessRef) -> CpuImage:

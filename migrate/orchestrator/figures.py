@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
+import msgspec
+
 from migrate.dataplane.messages import ObjectKind
 from migrate.dataplane.stats import RoundStats
 from migrate.dataplane.vram import VramTally
@@ -21,6 +23,7 @@ from migrate.orchestrator.peer import GrantReply
 from migrate.orchestrator.plan import ObjectOrder
 from migrate.report import (
     Bytes,
+    CpuMemory,
     DestinationFigures,
     Downtime,
     End,
@@ -79,6 +82,7 @@ class SourceFigures:
         self.downtime = Laps(time.monotonic)
         self.rounds: list[Round] = []
         self.stats: list[RoundStats] = []
+        self.cpu = CpuMemory()
         self.vram = VramTally()
         self.predicted: float | None = None
         self.prediction: Prediction | None = None
@@ -128,6 +132,15 @@ class SourceFigures:
             kind: sum(order.size for order in orders if order.kind is kind) for kind in ObjectKind
         }
 
+    def sent_before(self, stats: RoundStats, size: int, why_not: str = "") -> None:
+        """*size* bytes of CPU memory went while the process ran; for nothing if *why_not*."""
+        self.stats.append(stats)
+        self.cpu = CpuMemory(before=size, seconds=stats.seconds, in_freeze_because=why_not)
+
+    def cpu_frozen(self, size: int) -> None:
+        """So many bytes of CPU memory went in the freeze."""
+        self.cpu = msgspec.structs.replace(self.cpu, frozen=size)
+
     def restored(self, figures: DestinationFigures) -> None:
         """The destination holds the copy."""
         self._destination = figures
@@ -174,6 +187,7 @@ class SourceFigures:
             predicted_downtime=self.predicted,
             rounds=tuple(self.rounds),
             bytes=self._bytes(),
+            cpu=self.cpu,
             codecs=self._codecs(),
             gpu_map=self._gpu_rows(),
             pending_packets=self.pending_packets,

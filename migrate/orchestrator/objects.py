@@ -44,6 +44,15 @@ def refuse_svm(private: PrivateData) -> None:
         )
 
 
+def lent(checkpoint: KfdCheckpoint) -> Iterator[CpuRange]:
+    """The process's own memory that its GPUs may write: whole pages of each userptr BO."""
+    for bucket, record in zip(checkpoint.bos, private_data(checkpoint).bos, strict=True):
+        if bucket.is_userptr:
+            first = record.user_addr // PAGE * PAGE
+            end = -(-(record.user_addr + bucket.size) // PAGE) * PAGE
+            yield CpuRange(pid=checkpoint.pid, address=first, length=end - first)
+
+
 class ObjectTable:
     """The ids of one migration, at the source."""
 

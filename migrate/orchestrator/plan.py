@@ -8,7 +8,7 @@ from migrate.kfd.process import KfdCheckpoint
 from migrate.model import GpuMap, Value
 from migrate.preflight.findings import COPY_FILE
 
-PROTOCOL = 4  # raised when either proto/ or a document below changes its meaning
+PROTOCOL = 5  # raised when either proto/ or a document below changes its meaning
 CHUNK = 256 * 1024  # hash grain in bytes
 
 

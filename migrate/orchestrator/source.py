@@ -35,7 +35,7 @@ from migrate.kfd.process import Checkpointed, KfdProcess
 from migrate.model import GpuMap
 from migrate.orchestrator import convergence
 from migrate.orchestrator.checking import Examination, Preflight, Stopped
-from migrate.orchestrator.coming import CpuSide
+from migrate.orchestrator.coming import Came, CpuBefore, CpuSide
 from migrate.orchestrator.convergence import Decision, Policy
 from migrate.orchestrator.estimate import Known
 from migrate.orchestrator.figures import SourceFigures, unanswered_error
@@ -50,7 +50,7 @@ from migrate.orchestrator.holding import Holding, listed, shortage
 from migrate.orchestrator.host import Host
 from migrate.orchestrator.life import INTERVAL, SUSPECT, WINDOW, Look, between, take_look
 from migrate.orchestrator.narrator import Narrator
-from migrate.orchestrator.objects import ObjectTable, opened
+from migrate.orchestrator.objects import ObjectTable, lent, opened
 from migrate.orchestrator.peer import Peer, Reservation
 from migrate.orchestrator.plan import Activity, ObjectOrder, Options, RestoreOrder, Share
 from migrate.orchestrator.rings import pending_packets
@@ -144,6 +144,8 @@ class SourceMigration:
         self.known: Sequence[Report] = ()  # of earlier migrations to the same host
         self._objects = ObjectTable()
         self._sent_before: set[int] = set()
+        self._before: list[Came] = []  # CPU memory that was sent and still counts
+        self._digests: Manifest = {}  # of that
         self._policy = Policy(
             max_downtime=options.max_downtime,
             max_rounds=options.max_rounds,
@@ -363,6 +365,8 @@ class SourceMigration:
                 faults.point("source.round")
                 self._send_round(orders, stopped.checkpoints, frozen=False)
             faults.point("source.round-sent")
+            if len(self.figures.rounds) == 1:
+                self._precopy_cpu()
             verdict = convergence.decide(
                 self.figures.rounds,
                 self.figures.costs(),
@@ -379,6 +383,52 @@ class SourceMigration:
                 )
             if verdict.decision is Decision.STOP_AND_COPY or self._vram_short:
                 return
+
+    def _precopy_cpu(self) -> None:
+        """CPU memory, once. What can't be sent now is sent in the freeze."""
+        assert self._sender is not None
+        before = CpuBefore(iter(()), self._objects)
+        stats = RoundStats()
+        try:
+            pieces = self.host.engine.precopy(self.process)
+            if pieces is None:
+                return
+            before = CpuBefore(pieces, self._objects)
+        except MigrateError as error:
+            before.failed = error
+        else:
+            stats = self._sender.send_round((), self._progress(), self.cancel, before)
+        why_not = before.failed.message if before.failed is not None else ""
+        self.figures.sent_before(stats, sum(piece.size for _, piece in before.came), why_not)
+        if why_not:
+            self.narrator.say(f"CPU memory is sent in the freeze: {why_not}")
+            self._outdated({info.id for info, _ in before.came})
+        else:
+            self._before = before.came
+            self._digests = self._sender.manifest()
+
+    def _outdated(self, objects: set[int]) -> None:
+        """CPU memory that was sent for nothing is let go over there."""
+        assert self._sender is not None
+        for number in sorted(objects):
+            self._sender.drop_object(number)
+            self._digests.pop(number, None)
+        self._before = [came for came in self._before if came[0].id not in objects]
+
+    def _checkpoint_frozen(self, kfd: Sequence[KfdProcess]) -> list[Checkpointed]:
+        """Leaves all paused. What the GPUs may have written of CPU memory is sent again."""
+        found = _checkpoint(kfd)
+        try:
+            if self._before:
+                written = [cpu for one in found for cpu in lent(one.checkpoint)]
+                gone = set(self.host.engine.outdated(self.process, written))
+                self._outdated({info.id for info, piece in self._before if piece in gone})
+            faults.point("source.checkpointing")
+        except BaseException:
+            for one in found:
+                one.close()
+            raise
+        return found
 
     def _switchover(self) -> None:
         """Freeze, copy the rest, restore held over there, hand over."""
@@ -397,7 +447,8 @@ class SourceMigration:
         self.narrator.enter("checkpoint", Status.DEVICE)
         note_pausing(self.host.journal, self.id)
         chosen = self.options.ways_out, self.options.copy_files
-        with _Stopped(self.host.engine.dump(self.process, _checkpoint_frozen, *chosen)) as stopped:
+        found = self.host.engine.dump(self.process, self._checkpoint_frozen, *chosen)
+        with _Stopped(found) as stopped:
             self.figures.pending_packets = pending_packets(stopped.checkpoints)
             if self._first_look is not None:
                 last = take_look(self.process, stopped.checkpoints, self.host.clock)
@@ -411,7 +462,8 @@ class SourceMigration:
         self._checkpoint_cancel()
         self.narrator.enter("restore", Status.DEVICE)
         assert self._sender is not None
-        manifest = {number: digests for number, (_, digests) in self._sender.manifest().items()}
+        sent = self._digests | self._sender.manifest()
+        manifest = {number: digests for number, (_, digests) in sent.items()}
         prepared = self.peer.restore(self.id, order, manifest)
         self.figures.restored(prepared.figures)
         downtime.lap("restore")
@@ -474,11 +526,13 @@ class SourceMigration:
         """The last delta of the BOs, and the CPU side while the engine writes it."""
         orders, imports = self._bo_orders(stopped)
         engine = self.host.engine
-        cpu = CpuSide(engine, self.process, image, self._objects, self.host.vram_access)
+        vram = self.host.vram_access
+        cpu = CpuSide(engine, self.process, image, self._objects, vram, self._before)
         try:
             self._send_round(orders, stopped, frozen=True, cpu=cpu)
         finally:
             cpu.close()
+        self.figures.cpu_frozen(cpu.bytes)
         return RestoreOrder(
             gpu_map=self._map(),
             image=cpu.image,
@@ -498,9 +552,7 @@ class SourceMigration:
         cpu: CpuSide | None = None,
     ) -> None:
         assert self._sender is not None
-        number = len(self.figures.rounds) + 1
-        started = time.monotonic()
-
+        tell = self._progress()
         holding: Holding | None = None
 
         def progress(done: int, total: int) -> None:
@@ -508,15 +560,7 @@ class SourceMigration:
                 holding.tick()
             if self._throttled and not frozen:
                 self._hold_back()
-            rate = done / max(time.monotonic() - started, 1e-6)
-            self.narrator.say(
-                "",
-                number=number,
-                rate=rate,
-                left=total - done,
-                total=total,
-                predicted=self.figures.predicted,
-            )
+            tell(done, total)
 
         vram = self.host.vram_access
         with opened(orders, checkpoints, vram, self.figures.vram) as objects:
@@ -528,6 +572,23 @@ class SourceMigration:
             self._vram_short = holding.dropped
             self.narrator.say(f"no more live rounds: {holding.dropped}")
         self.figures.sent(stats, (*orders, *(cpu.orders if cpu else ())), frozen=frozen)
+
+    def _progress(self) -> Progress:
+        """Tells how a round goes on that begins now."""
+        number = len(self.figures.rounds) + 1
+        started = time.monotonic()
+
+        def tell(done: int, total: int) -> None:
+            self.narrator.say(
+                "",
+                number=number,
+                rate=done / max(time.monotonic() - started, 1e-6),
+                left=total - done,
+                total=total,
+                predicted=self.figures.predicted,
+            )
+
+        return tell
 
     def _holding(
         self,
@@ -626,12 +687,6 @@ def _checkpoint(kfd: Sequence[KfdProcess]) -> list[Checkpointed]:
     for process in kfd:
         process.process_info()
     return [process.checkpoint() for process in kfd]
-
-
-def _checkpoint_frozen(kfd: Sequence[KfdProcess]) -> list[Checkpointed]:
-    found = _checkpoint(kfd)
-    faults.point("source.checkpointing")
-    return found
 
 
 def _checkpoint_and_unpause(kfd: Sequence[KfdProcess]) -> list[Checkpointed]:

@@ -6,7 +6,7 @@ copy is told to the judge at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -225,6 +225,13 @@ class Engine:
     ) -> T:
         """See ProcessEngine."""
         return self._visit(process, visit, leave_paused=True)
+
+    def precopy(self, process: ProcessRef) -> None:
+        """See ProcessEngine: it does not."""
+
+    def outdated(self, process: ProcessRef, written: Iterable[CpuRange]) -> Sequence[Piece]:
+        """See ProcessEngine: none."""
+        return ()
 
     def pieces(self, process: ProcessRef) -> Iterator[tuple[Piece, MemoryAccess]]:
         """See ProcessEngine: there are none."""

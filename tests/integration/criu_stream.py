@@ -12,11 +12,13 @@ import os
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
+from migrate.criu.rpc import tracks_memory
 from migrate.dataplane.channel import TcpListener, connect_tcp
 from migrate.dataplane.memory import PartAccess
 from migrate.dataplane.receiver import Receiver
@@ -27,7 +29,7 @@ from migrate.engine.criu import CriuEngine
 from migrate.engine.seam import CpuImage
 from migrate.kfd.process import KfdProcess
 from migrate.model import GpuMap, HostPaths, Value
-from migrate.orchestrator.coming import CpuSide
+from migrate.orchestrator.coming import CpuBefore, CpuSide
 from migrate.orchestrator.objects import ObjectTable
 from migrate.orchestrator.plan import ObjectOrder
 from tests.integration.criu_copy import name_of
@@ -35,6 +37,7 @@ from tests.integration.criu_copy import name_of
 SESSION, SECRET = bytes(16), bytes(32)  # of a test on loopback
 QUOTA = 4 << 30
 LOOK = 0.02  # seconds
+REWRITTEN = 2.0  # seconds that a process has to write its memory again
 
 
 class Sent(Value):
@@ -112,24 +115,39 @@ def source(folder: Path, criu: str, pid: int, port: int) -> None:
     sender = Sender(lambda _: connect_tcp("127.0.0.1", port), SECRET, SESSION, lambda: next(epochs))
     me = os.getpid()
     watch = Watch(lambda: [me, *procfs.descendants(me)], lambda: written(run))
+    table, before, digests, size = ObjectTable(), [], {}, 0
+    if tracks_memory(criu):
+        pieces = engine.precopy(process)
+        assert pieces is not None
+        first = CpuBefore(pieces, table)
+        size = sender.send_round([], None, None, first).scanned
+        assert first.failed is None
+        before, digests = first.came, sender.manifest()
+        time.sleep(REWRITTEN)
     image = engine.freeze(process)
-    engine.dump(process, no_kfd)
-    cpu = CpuSide(engine, process, image, ObjectTable(), VramAccess(VramMode.AUTO, str))
+
+    def visit(kfd: Sequence[KfdProcess]) -> None:
+        gone = set(engine.outdated(process, ()))
+        for info, piece in list(before):
+            if piece in gone:
+                before.remove((info, piece))
+                sender.drop_object(info.id)
+                del digests[info.id]
+
+    engine.dump(process, visit)
+    cpu = CpuSide(engine, process, image, table, VramAccess(VramMode.AUTO, str), before)
     stats = sender.send_round([], None, None, cpu)
-    digests = {number: found for number, (_, found) in sender.manifest().items()}
+    digests |= sender.manifest()
     cpu.close()
     most = watch.end()
-    sent = Sent(image=cpu.image, objects=cpu.orders, digests=digests)
+    found = {number: part for number, (_, part) in digests.items()}
+    sent = Sent(image=cpu.image, objects=cpu.orders, digests=found)
     (folder / "sent").write_bytes(msgspec.msgpack.encode(sent))
-    print("sent", most, stats.scanned, flush=True)
+    print("sent", most, size, stats.scanned, flush=True)
     sys.stdin.readline()
     sender.close()
     engine.thaw(process)
     print("thawed", flush=True)
-
-
-def no_kfd(kfd: Sequence[KfdProcess]) -> int:
-    return len(kfd)
 
 
 def destination(folder: Path, criu: str) -> None:

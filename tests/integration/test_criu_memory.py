@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from migrate.criu.rpc import tracks_memory
 from migrate.engine import procfs
 from migrate.engine.criu import CriuEngine
 from migrate.engine.criu_pages import PIECE
-from migrate.errors import CheckpointFailed
+from migrate.errors import CheckpointFailed, EngineUnsupported
 from tests.integration import test_criu_engine
 from tests.integration.test_criu_engine import (
     CRIU,
@@ -29,6 +30,7 @@ from tests.integration.test_criu_engine import (
     dumped,
     ended,
     line,
+    missing,
     nothing_left,
     wait_until,
 )
@@ -37,14 +39,18 @@ pytestmark = [*test_criu_engine.pytestmark]
 engine = test_criu_engine.engine
 
 BEYOND = 256 << 20  # bytes on each host
+MOVED = 48 << 20  # bytes of an interpreter, and pieces that are sent again for a part of them
 PROGRAM = """
 import os, sys, time, zlib
-contents = os.urandom(int(sys.argv[2]))
+contents = bytearray(os.urandom(int(sys.argv[2])))
+again = range(0, int(sys.argv[2]) * int(sys.argv[3]) // 100, 4096)
 digest = zlib.crc32(contents)
 file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o600)
 count = 0
 while True:
     count += 1
+    for at in again:
+        contents[at] = contents[at]
     right = b"same" if count % 50 != 1 or zlib.crc32(contents) == digest else b"torn"
     os.pwrite(file, count.to_bytes(8, "little") + right, 0)
     time.sleep(0.005)
@@ -64,25 +70,35 @@ def half(what: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+@pytest.mark.timeout(1800)  # on an emulated host
+@pytest.mark.parametrize("again", [0, 50, 100])
 @pytest.mark.parametrize(
     "mib", [pytest.param(256), pytest.param(1024, marks=pytest.mark.soak)], ids=lambda m: f"{m}MiB"
 )
-def test_what_a_move_takes_beyond_the_process(engine: CriuEngine, tmp_path: Path, mib: int) -> None:
+def test_what_a_move_takes_beyond_the_process(
+    engine: CriuEngine, tmp_path: Path, mib: int, again: int
+) -> None:
+    """*again*: percent of its memory that the process writes again and again."""
     size = mib << 20
-    with ended(engine, Job(tmp_path, PROGRAM, str(size))) as job:
+    with ended(engine, Job(tmp_path, PROGRAM, str(size), str(again))) as job:
         pid = str(job.ref.pid)
         with half("destination", str(tmp_path), CRIU) as there:
             port = line(there).removeprefix("listens ")
             with half("source", pid, port, str(tmp_path), CRIU) as here:
-                _, source, sent = line(here).split()
+                _, source, before, sent = line(here).split()
                 assert job.stands()
                 _, destination, process = line(there, "go").split()
                 print(
-                    f"\n{mib} MiB: sent {int(sent) >> 20} MiB, source {int(source) >> 20} MiB,"
+                    f"\n{mib} MiB, {again}% written again: sent {int(before) >> 20} MiB before the"
+                    f" freeze, {int(sent) >> 20} MiB in it, source {int(source) >> 20} MiB,"
                     f" destination {int(destination) >> 20} MiB with the process's"
                     f" {int(process) >> 20} MiB"
                 )
-                assert int(sent) > size
+                if tracks_memory(CRIU):
+                    assert int(before) > size
+                    assert int(sent) < size * again // 100 + MOVED
+                else:
+                    assert int(sent) > size
                 assert int(process) > size
                 assert int(source) < BEYOND
                 assert int(destination) < int(process) + BEYOND
@@ -95,7 +111,7 @@ def test_what_a_move_takes_beyond_the_process(engine: CriuEngine, tmp_path: Path
 def test_criu_killed_while_it_writes_pages_harms_nothing(
     engine: CriuEngine, tmp_path: Path
 ) -> None:
-    with ended(engine, Job(tmp_path, PROGRAM, str(96 << 20))) as job:
+    with ended(engine, Job(tmp_path, PROGRAM, str(96 << 20), "0")) as job:
         image = engine.freeze(job.ref)
         engine.dump(job.ref, count)
         coming = engine.pieces(job.ref)
@@ -116,7 +132,7 @@ def test_criu_killed_while_it_writes_pages_harms_nothing(
 def test_an_agent_killed_while_criu_writes_pages_harms_nothing(
     engine: CriuEngine, tmp_path: Path
 ) -> None:
-    with ended(engine, Job(tmp_path, PROGRAM, str(96 << 20))) as job:
+    with ended(engine, Job(tmp_path, PROGRAM, str(96 << 20), "0")) as job:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             port = silent.getsockname()[1]
             with half("source", str(job.ref.pid), str(port), str(tmp_path), CRIU) as here:
@@ -134,3 +150,15 @@ def writes_pages(agent: int) -> bool:
     """Whether CRIU waits for somebody to take what it writes."""
     waits = (Path(f"/proc/{pid}/wchan") for pid in procfs.descendants(agent))
     return any(path.exists() and "pipe" in path.read_text() for path in waits)
+
+
+@pytest.mark.skipif(missing() == "" and tracks_memory(CRIU), reason="this kernel can")
+def test_without_soft_dirty_bits_no_memory_is_sent_before(
+    engine: CriuEngine, tmp_path: Path
+) -> None:
+    with ended(engine, Job(tmp_path, PROGRAM, str(1 << 20), "0")) as job:
+        with pytest.raises(EngineUnsupported, match="soft-dirty"):
+            engine.precopy(job.ref)
+        assert job.runs()
+        dumped(engine, job)
+    nothing_left(tmp_path)

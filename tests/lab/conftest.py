@@ -19,7 +19,8 @@ from tests.lab.moves import Keep, Pair, keep_evidence
 # more GPUs, then what needs a host for itself.
 ORDER = (
     *("test_hook", "test_jobs", "test_access", "test_snapshots", "test_conformance"),
-    *("test_sdma_migration", "test_migrations", "test_visible_gpus", "test_eight_gpus"),
+    *("test_sdma_migration", "test_migrations", "test_precopy"),
+    *("test_visible_gpus", "test_eight_gpus"),
     *("test_hosts", "test_hang", "test_far_offsets", "test_start"),
 )
 

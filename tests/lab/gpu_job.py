@@ -1,7 +1,7 @@
 """A job for the virtual hosts: a plain program on the KFD ABI, without any runtime of ours.
 
     python -m tests.lab.gpu_job --port PORT [--gpus N] [--vram BYTES] [--log FILE] [--child]
-        [--hog]
+        [--hog SECONDS] [--ballast MIB] [--trace PAGES]
 
 Each step adds numbers drawn from a digest to a buffer in the VRAM of every GPU, takes what
 came of it (through a userptr) into the digest, and so depends on every step before it: what
@@ -11,6 +11,8 @@ pipe always holds the last steps; a deleted file and a log are written at each s
 ``--child`` a second process does the same and tells its steps to the first one by a pipe.
 ``--gpus 0``: no GPU at all. With ``--hog`` a thread takes 90% of the first GPU's VRAM that is
 free, gives it back, waits until it is free again, and so on; that it can't have it is an error.
+``--ballast`` is memory that is written once. ``--trace``: at each step the first GPU leaves its
+word in the next page of memory that no CPU writes.
 
 It answers who asks at its port: ``status``, ``verify`` (all of its memory) or ``finish``
 (verify, stop the kernels and compare their counts with the memory, then end). Answers come
@@ -24,6 +26,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import mmap
 import os
 import queue
 import select
@@ -33,6 +36,7 @@ import tempfile
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +87,14 @@ def chain(seed: int, gpus: int) -> Iterator[str]:
         step += 1
 
 
+def private_memory(size: int) -> mmap.mmap:
+    """Zeros in pages of their own."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    memory.write(bytes(size))
+    return memory
+
+
 class KeptKernargs(Process):
     """As Process, whose kernargs are used anew after a while, but for those of page 0."""
 
@@ -97,7 +109,7 @@ class KeptKernargs(Process):
 class Gpus:
     """What the job has of KFD: two queues and a buffer on each GPU."""
 
-    def __init__(self, count: int, vram: int) -> None:
+    def __init__(self, count: int, vram: int, trace: int = 0) -> None:
         p = self.process = KeptKernargs(HostPaths())
         p.prepare_queues()
         self.ids = p.gpu_ids[:count]
@@ -106,7 +118,15 @@ class Gpus:
         memory = ctypes.create_string_buffer(2 * PAGE)
         self.results = (ctypes.addressof(memory) + PAGE - 1) // PAGE * PAGE
         self._memory = memory
+        self.traced = 0
         self.results_bo = p.alloc(self.ids[0], PAGE, USERPTR | WRITABLE, user=self.results)
+        self.trace: dict[int, int] = {}  # what is in its pages, by page
+        self.trace_pages = trace
+        if trace:
+            self.trace_memory = private_memory(trace * PAGE)
+            at = ctypes.addressof(ctypes.c_char.from_buffer(self.trace_memory))
+            size = len(self.trace_memory)
+            self.trace_bo = p.alloc(self.ids[0], size, USERPTR | WRITABLE, user=at)
         self.weights = [p.alloc(gpu, vram) for gpu in self.ids]
         self.counters: list[Buffer] = []
         self.work: list[Queue] = []
@@ -134,7 +154,13 @@ class Gpus:
             self.told.wait()  # for ever, if the event does not come
             self.told.clear()
         words = ctypes.cast(self.results, ctypes.POINTER(ctypes.c_uint64))
+        if self.trace_pages:
+            self.trace[self._next_traced()] = words[0]
         return [words[gpu] for gpu in range(len(self.ids))]
+
+    def _next_traced(self) -> int:
+        """The page of this step: each in turn."""
+        return self.traced % self.trace_pages
 
     def _signal_at(self, gpu: int) -> int:
         return gpu * ctypes.sizeof(amd_signal)
@@ -151,6 +177,10 @@ class Gpus:
         add = AddKernargs(weights.address, weights.address, weights.size // 8, value)
         for _ in range(PACKETS):
             self.work[gpu].submit(Opcode.ADD, add)
+        if gpu == 0 and self.trace_pages:
+            self.traced += 1
+            page = self.trace_bo.address + self._next_traced() * PAGE
+            self.work[gpu].submit(Opcode.COPY, CopyKernargs(page, weights.address, 8))
         copy = CopyKernargs(self.results_bo.address + 8 * gpu, weights.address, 8)
         self.work[gpu].submit(Opcode.COPY, copy, p.signals.address + self._signal_at(gpu))
 
@@ -177,7 +207,11 @@ class Gpus:
                 pause(kept)
 
     def verify(self) -> None:
-        """All of a buffer is what its first word is; the counters go on."""
+        """All of a buffer is what its first word is; the counters go on; the trace is whole."""
+        for page, word in self.trace.items():
+            found = int.from_bytes(self.trace_memory[page * PAGE : page * PAGE + 8], "little")
+            if found != word:
+                raise AssertionError(f"page {page} of the trace has {found}, not {word}")
         for buffer in self.weights:
             first = buffer.read(0, 8)
             if buffer.read(0, buffer.size) != first * (buffer.size // 8):
@@ -230,7 +264,9 @@ class Job:
     def __init__(self, options: argparse.Namespace, seed: int, tell: int = -1) -> None:
         self.seed = seed
         self.pace: float = options.pace
-        self.gpus = Gpus(options.gpus, options.vram) if options.gpus else None
+        self.gpus = Gpus(options.gpus, options.vram, options.trace) if options.gpus else None
+        self.ballast = os.urandom(options.ballast << 20)
+        self.ballast_sum = zlib.crc32(self.ballast)
         self.step = 0
         self.digest = first_digest(seed)
         self.tell = tell
@@ -331,6 +367,8 @@ class Job:
         try:
             if self.gpus and asked.request in {"verify", "finish"}:
                 self.gpus.verify()
+            if zlib.crc32(self.ballast) != self.ballast_sum:
+                raise AssertionError("the ballast is torn")
             if self.gpus and asked.request == "finish":
                 self.gpus.stop_counters()
         except AssertionError as error:
@@ -368,6 +406,8 @@ def main() -> None:
     parser.add_argument("--log")
     parser.add_argument("--child", action="store_true")
     parser.add_argument("--hog", type=float, metavar="SECONDS", help="to keep 90%% of the VRAM")
+    parser.add_argument("--ballast", type=int, default=0, metavar="MIB")
+    parser.add_argument("--trace", type=int, default=0, metavar="PAGES")
     options = parser.parse_args()
     if options.child:
         _tree(options)

@@ -105,6 +105,7 @@ def test_there_and_back_and_on_again(pair: Pair, keep: Keep) -> None:
     reports = []
     for way in ("ab", "ba", "ab"):
         reports.append(move(cluster, pid, way))
+        assert reports[-1]["cpu"]["before"] > reports[-1]["cpu"]["frozen"] > 0
         job.host = cluster.hosts[way[1]]
         status = job.after(status["step"] + 10)
         assert status["gpu_ids"] == before["gpu_ids"]

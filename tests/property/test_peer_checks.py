@@ -382,13 +382,15 @@ def test_a_document_that_is_nested_without_end() -> None:
         decoded_order(b"\x91" * 1_000_000)
 
 
-def in_pieces(*pieces: tuple[int, int]) -> RestoreOrder:
+def in_pieces(*pieces: tuple[int, int], sparse: bool = False) -> RestoreOrder:
     """The order, with its file in pieces of these offsets and sizes."""
+    file = msgspec.structs.replace(FILE, sparse=sparse)
     parts = tuple(
-        ObjectOrder(object_id=number, kind=ObjectKind.BLOB, size=size, blob=FILE, offset=offset)
+        ObjectOrder(object_id=number, kind=ObjectKind.BLOB, size=size, blob=file, offset=offset)
         for number, (offset, size) in enumerate(pieces, start=4)
     )
-    return msgspec.structs.replace(ORDER, objects=(*ORDER.objects[:3], *parts))
+    image = msgspec.structs.replace(ORDER.image, blobs=(file,))
+    return msgspec.structs.replace(ORDER, image=image, objects=(*ORDER.objects[:3], *parts))
 
 
 def test_a_file_may_come_in_pieces() -> None:
@@ -405,3 +407,18 @@ def test_pieces_that_are_no_file_are_refused(pieces: tuple[tuple[int, int], ...]
     manifest = {number: bytes(16) for number in range(1, 6)}
     with pytest.raises(PeerNonsense, match=r"the file pages-1\.img"):
         check(in_pieces(*pieces), manifest)
+
+
+@pytest.mark.parametrize("pieces", [(), ((60, 40),), ((0, 10), (70, 20))])
+def test_of_a_sparse_file_pieces_may_be_left_out(pieces: tuple[tuple[int, int], ...]) -> None:
+    manifest = {number: bytes(16) for number in range(1, 4 + len(pieces))}
+    check(in_pieces(*pieces, sparse=True), manifest)
+    with pytest.raises(PeerNonsense):
+        check(in_pieces(*pieces), manifest)
+
+
+@pytest.mark.parametrize("pieces", [((0, 60), (50, 50)), ((60, 41),)], ids=["overlap", "end"])
+def test_pieces_that_are_no_sparse_file_are_refused(pieces: tuple[tuple[int, int], ...]) -> None:
+    manifest = {number: bytes(16) for number in range(1, 4 + len(pieces))}
+    with pytest.raises(PeerNonsense, match=r"the file pages-1\.img"):
+        check(in_pieces(*pieces, sparse=True), manifest)

@@ -173,6 +173,11 @@ class Deployment:
         wanted = self._wanted
         return Connection(self._host.name, self._config, user=wanted.user, python=wanted.python)
 
+    @property
+    def _peers(self) -> str:
+        """What other agents dial: where it listens. Ours may be a port that is forwarded there."""
+        return self._host.peer_address or self._host.address
+
     def _kfd(self) -> str:
         return f"{self._wanted.root}/kfd" if self._wanted.root else "/dev/kfd"
 
@@ -261,9 +266,9 @@ class Deployment:
             request = there.call(remote.read, f"{etc}/{name}.csr")
             if done["code"] or request is None:
                 raise DeployFailed(f"no key could be made: {done['output'][-400:]}")
-        dialled, _ = split_address(self._host.address)
+        dialled = {split_address(address)[0] for address in (self._host.address, self._peers)}
         signed = sign_request(
-            self._ca, base64.b64decode(request), name, Role.AGENT, hosts=[dialled]
+            self._ca, base64.b64decode(request), name, Role.AGENT, hosts=sorted(dialled)
         )
         there.call(remote.write, f"{etc}/{name}.crt", _base64(signed), 0o644)
         self._changed.append("certificate")
@@ -282,7 +287,7 @@ class Deployment:
         text = place.config(
             spot,
             self._host.name,
-            self._host.address,
+            self._peers,
             allow_from=tuple(name for name in wanted.allow_from if name != self._host.name),
             engine=wanted.engine,
             root=wanted.root,

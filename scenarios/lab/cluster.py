@@ -104,7 +104,7 @@ class LabCluster:
         """Start the agent of a host (again), and wait until it answers."""
         self._launch(name, settings, environment)
         self._wait_ready(self.hosts[name])
-        self._write_inventory()
+        self.write_inventory()
 
     def start_agents(
         self,
@@ -117,7 +117,7 @@ class LabCluster:
             self._launch(name, settings, (environments or {}).get(name))
         for host in self.hosts.values():
             self._wait_ready(host)
-        self._write_inventory()
+        self.write_inventory()
 
     def _launch(
         self,
@@ -142,6 +142,19 @@ class LabCluster:
             f"pid=$(cat {PID_FILE}); kill -{number} $pid 2>/dev/null;"
             " while kill -0 $pid 2>/dev/null; do sleep 0.05; done"
         )
+
+    def write_inventory(self) -> None:
+        """Of the hosts that are up, for an operator."""
+        operator = self._tls("operator", Role.OPERATOR)
+        entries = {}
+        for name, host in self.hosts.items():
+            running = host.running
+            if running is not None:
+                entries[name] = HostEntry(
+                    address=f"127.0.0.1:{running.agent_port}",
+                    peer_address=f"{host_address(name)}:{AGENT_PORT}",
+                )
+        self.inventory.write_text(to_toml(Inventory(tls=operator, hosts=entries)))
 
     def agent_log(self, name: str) -> str:
         """What a host's agent, its watchdog and helpers wrote."""
@@ -227,18 +240,6 @@ class LabCluster:
                 raise LabError(
                     f"the agent of host {host.name} does not start:\n{self.agent_log(host.name)}"
                 )
-
-    def _write_inventory(self) -> None:
-        operator = self._tls("operator", Role.OPERATOR)
-        entries = {}
-        for name, host in self.hosts.items():
-            running = host.running
-            if running is not None:
-                entries[name] = HostEntry(
-                    address=f"127.0.0.1:{running.agent_port}",
-                    peer_address=f"{host_address(name)}:{AGENT_PORT}",
-                )
-        self.inventory.write_text(to_toml(Inventory(tls=operator, hosts=entries)))
 
 
 def host_address(name: str) -> str:

@@ -26,13 +26,17 @@ MAX_VRAM_MB = 4096
 
 
 class HostSpec(Value):
-    """What a host is made of. *vram_mb* is MiB a GPU, *memory_mb* MiB of the guest."""
+    """What a host is made of. *vram_mb* is MiB a GPU, *memory_mb* MiB of the guest.
+
+    With *systemd* it has a service manager, which takes longer to be up than ssh.
+    """
 
     name: str
     gpus: int = 2
     vram_mb: int = 256
     memory_mb: int = 1536
     cpus: int = 2
+    systemd: bool = False
 
     @property
     def address(self) -> str:
@@ -128,6 +132,9 @@ class Host:
             f" lab.host={self.name} lab.gpus={spec.gpus} lab.vram_mb={spec.vram_mb}"
             f" lab.address={spec.address} lab.peers={peers}"
         )
+        if spec.systemd:  # ssh is served already
+            append += " lab.systemd=1 systemd.unit=multi-user.target"
+            append += " systemd.mask=ssh.service systemd.mask=ssh.socket"
         gpus: list[str] = []
         for index in range(spec.gpus):
             slot = FIRST_SLOT[self.name] + index

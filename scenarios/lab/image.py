@@ -17,6 +17,7 @@ PACKAGES = (
     "libdrm-amdgpu1",  # judges the software GPU, serves the sdma side of memory access
     *("gcc", "libc6-dev", "libcriu-dev"),  # for the hook
     *("libhsa-runtime64-1", "libhsa-runtime-dev"),  # for the unmodified ROCr program
+    "systemd",  # for hosts that are deployed to
 )
 # A CRIU newer than the suite's, with the libraries of its suite that it was linked to. It
 # stands beside the guests' own, and runs on their C library.

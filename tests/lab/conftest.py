@@ -21,7 +21,7 @@ ORDER = (
     *("test_hook", "test_jobs", "test_access", "test_snapshots", "test_conformance"),
     *("test_sdma_migration", "test_migrations", "test_precopy"),
     *("test_visible_gpus", "test_eight_gpus"),
-    *("test_hosts", "test_hang", "test_far_offsets", "test_start"),
+    *("test_hosts", "test_deploy", "test_hang", "test_far_offsets", "test_start"),
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from scenarios.lab import conformance
@@ -30,7 +32,7 @@ def test_a_complaint_of_the_kernel_is_noticed(start_host: StartHost) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"gpus": 9}, {"gpus": -1}, {"vram_mb": 4097}, {"vram_mb": 8}])
-def test_a_host_that_can_not_be_is_refused(start_host: StartHost, wrong: dict[str, int]) -> None:
+def test_a_host_that_can_not_be_is_refused(start_host: StartHost, wrong: dict[str, Any]) -> None:
     with pytest.raises(LabError, match="0 to 8 GPUs"):
         start_host(HostSpec(name="b", **wrong))
 

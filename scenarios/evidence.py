@@ -94,6 +94,7 @@ FIGURES: dict[str, Callable[[], dict[str, Any]]] = {
     "downtime": lambda: bench("scenarios.bench.downtime", "--folder", BENCHMARKS),
     "cuts": lambda: bench("scenarios.bench.cuts", "--cuts", "1000", "--seed", str(SEED)),
     "frames": lambda: bench("scenarios.bench.fuzz_frames", "--seed", str(SEED)),
+    "rpc": lambda: bench("scenarios.bench.fuzz_rpc"),  # of seed 1 and of a fresh one
 }
 
 

@@ -39,7 +39,7 @@ from migrate.rpc.ca import Authority, Role, sign_request
 ROOM = 600 << 20  # bytes that an installation and its predecessor want
 MAX_SKEW = 120.0  # seconds that the clocks may differ: certificates are valid from 5 minutes ago
 RENEW = timedelta(days=30)  # a certificate that ends earlier is renewed
-VERIFY = 90.0  # seconds that a started agent has to answer
+VERIFY = 180.0  # seconds that a started agent has to answer: TimeoutStartSec of its unit
 KEEP = 1  # releases besides the one in use
 
 Said = Callable[[str], None]

@@ -78,8 +78,6 @@ def install(release: str, uploads: str, sums: dict[str, str]) -> None:
             raise SystemExit(f"{name} was damaged on its way")
         with zipfile.ZipFile(Path(uploads) / name) as wheel:
             wheel.extractall(site)
-    # As pip does: else each start compiles what its user may not keep, on a slow host for minutes.
-    subprocess.run([sys.executable, "-m", "compileall", "-q", str(site)], check=False)
     for command in ("migrate", "migrate-agent"):
         function = "main" if command == "migrate" else "agent_main"
         script = folder / "bin" / command

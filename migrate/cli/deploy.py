@@ -28,7 +28,11 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.argument("hosts", nargs=-1, required=True, metavar="HOST...")
 @click.option("--ca", type=FOLDER, help="The authority's folder; needed for a new certificate.")
 @click.option("--allow-from", metavar="HOST,...", default="", help="Whose processes may come.")
-@click.option("--engine", default="", help="Process engine (default: the agent's own).")
+@click.option(
+    "--engine",
+    default="",
+    help="Process engine (default: criu where the host has all it needs, else reexec).",
+)
 @click.option("--metrics-listen", default="", metavar="HOST:PORT", help="Prometheus endpoint.")
 @click.option("--prefix", default=Wanted().prefix, show_default=True, help="Where it goes.")
 @click.option("--root", default="", help="Folder of a simulated host.")

@@ -128,7 +128,7 @@ class Deployment:
             self._install(there, made)
             self._build_hook(there, facts)
             self._enrol(there)
-            self._configure(there, service)
+            self._configure(there, service, self._engine(facts))
             self._say("starting")
             start = self._start(there, service)
             if service is not Service.NONE:
@@ -205,11 +205,27 @@ class Deployment:
             raise HostUnfit(f"{self._host.name}: {'; '.join(found)}")
         if facts["uid"] != 0:
             self._warnings.append("not root: only that user's processes can be moved")
-        if not facts["criu"]:
-            self._warnings.append("no criu: only the reexec engine works")
         if service is Service.BACKGROUND:
             self._warnings.append("no service manager: nothing starts the agent after a reboot")
         return service
+
+    def _engine(self, facts: dict[str, Any]) -> str:
+        """The one that moves any program, if the host has all it needs; "" for the agent's own."""
+        if self._wanted.engine or self._wanted.root or facts["uid"] != 0:
+            return self._wanted.engine
+        wants = {
+            "criu": facts["criu"],
+            "cgroup v2": facts["cgroup2"],
+            "a C compiler": facts["compiler"],
+            "CRIU's development files": facts["criu_header"],
+        }
+        missing = [name for name, there in wants.items() if not there]
+        if missing and self._wanted.hook:
+            self._warnings.append(
+                f"no {', no '.join(missing)}: without them its engine is reexec, which moves only"
+                " programs that use its runtime"
+            )
+        return "criu" if not missing and self._wanted.hook else ""
 
     def _install(self, there: Connection, made: Bundle) -> None:
         release = f"{self._place.releases}/{made.release}"
@@ -233,8 +249,8 @@ class Deployment:
             return
         self._say("building the hook")
         code = (
-            "import sys; from pathlib import Path; from agents.hook import build_hook;"
-            " build_hook(Path(sys.argv[1]))"
+            "import sys; from pathlib import Path; from agents.hook import ensure_hook;"
+            " ensure_hook(Path(sys.argv[1]))"
         )
         program = f"{self._place.current}/bin/python"
         done = there.call(remote.run, [program, "-c", code, self._place.hook])
@@ -282,14 +298,14 @@ class Deployment:
             return False
         return certificate.not_valid_after_utc > datetime.now(UTC) + RENEW
 
-    def _configure(self, there: Connection, service: Service) -> None:
+    def _configure(self, there: Connection, service: Service, engine: str) -> None:
         wanted, spot = self._wanted, self._place
         text = place.config(
             spot,
             self._host.name,
             self._peers,
             allow_from=tuple(name for name in wanted.allow_from if name != self._host.name),
-            engine=wanted.engine,
+            engine=engine,
             root=wanted.root,
             metrics_listen=wanted.metrics_listen,
         )

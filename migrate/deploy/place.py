@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from migrate.engine.criu import HOOK
 from migrate.errors import UsageError
 from migrate.inventory import split_address
 from migrate.model import Value
@@ -48,8 +49,8 @@ class Place(Value):
 
     @property
     def hook(self) -> str:
-        """CRIU's --libdir."""
-        return f"{self.prefix}/hook"
+        """CRIU's --libdir, where the agent looks for it (``migrate.engine.criu.HOOK``)."""
+        return f"{self.state}/{HOOK}"
 
     @property
     def config(self) -> str:

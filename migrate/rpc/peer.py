@@ -84,7 +84,7 @@ class GrpcPeer:
             sample=sample,
         )
         with self._lost():
-            reply = self._stub().Examine(request, timeout=3 * SHORT)
+            reply = self._stub().Examine(request, timeout=max(3 * SHORT, options.patience))
         host, _ = split_address(self.address)
         session = Session(
             data_address=reply.data_host or host,

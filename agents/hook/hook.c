@@ -180,13 +180,19 @@ static void hang_up(void)
 	channel = -1;
 }
 
-/* High up: the numbers below belong to the process that is restored. */
+/*
+ * High up: the numbers below belong to the process that is restored. CRIU has raised its limit
+ * to fs.nr_open, which is 2^20, but near 2^30 where systemd runs: a table of files for that
+ * would take 4 GiB.
+ */
 static int out_of_the_way(int fd)
 {
 	struct rlimit limit = { .rlim_cur = 2048 };
 	int high;
 
 	getrlimit(RLIMIT_NOFILE, &limit);
+	if (limit.rlim_cur > 1 << 20)
+		limit.rlim_cur = 1 << 20;
 	high = fcntl(fd, F_DUPFD_CLOEXEC, (int)(limit.rlim_cur / 2));
 	close(fd);
 	return high;

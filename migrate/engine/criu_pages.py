@@ -87,6 +87,8 @@ class PagePipes:
     def _fill(self, fd: int) -> bool:
         """Read until the pipe is empty; whether the piece is full before."""
         self._ended = False
+        if self._closed:
+            return False
         if self._buffer is None:
             self._buffer, self._filled, self._of = self._take(), 0, self._read[fd]
         room = memoryview(self._buffer)
@@ -113,7 +115,11 @@ class PagePipes:
         self._sizes[self._of] = offset + self._filled
         piece = Piece(name=self._prefix + self._of, offset=offset, size=self._filled)
         access = PieceAccess(buffer, self._filled, lambda: self._give_back(buffer))
+        with self._state:
+            self._reading = False  # whoever has the piece may never ask for another one
         yield piece, access
+        with self._state:
+            self._reading = not self._closed
 
     def _take(self) -> bytearray:
         """A buffer, once there is room for one; once it is closed, one that is not used."""

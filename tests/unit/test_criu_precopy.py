@@ -15,7 +15,7 @@ from migrate.dataplane.chunks import address_of
 from migrate.engine import criu_pagemap, criu_predump
 from migrate.engine.criu_images import Images
 from migrate.engine.criu_pagemap import PAGE, PageMap, Run
-from migrate.engine.criu_pages import PIECE
+from migrate.engine.criu_pages import PIECE, PagePipes
 from migrate.engine.criu_predump import OUTDATED, PREFIX, worthless
 from migrate.engine.seam import Blob, CpuRange, Piece
 from migrate.errors import FrameRejected
@@ -215,3 +215,20 @@ def test_whole_pages_of_what_is_lent_to_gpus_come_again() -> None:
     private = encode(msgspec.structs.replace(PRIVATE, bos=bos))
     (lent_range,) = lent(msgspec.structs.replace(CHECKPOINT, priv_data=private))
     assert lent_range == CpuRange(pid=CHECKPOINT.pid, address=0x30000, length=9 * PAGE)
+
+
+def test_pipes_that_are_closed_let_criu_go_though_a_piece_is_still_out(tmp_path: Path) -> None:
+    pipes = PagePipes(tmp_path, 2)
+    writers = [os.open(tmp_path / f"pages-{number}.img", os.O_WRONLY) for number in (1, 2)]
+    for writer in writers:
+        os.write(writer, bytes(PAGE))
+    coming = pipes.pieces()
+    piece, access = next(coming)
+    assert (piece.name, piece.size) == ("pages-1.img", PAGE)
+    pipes.close()
+    for writer in writers:
+        with pytest.raises(BrokenPipeError):
+            os.write(writer, bytes(PAGE))
+        os.close(writer)
+    access.close()
+    assert list(coming) == []

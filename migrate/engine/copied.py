@@ -60,14 +60,18 @@ def describe(path: str, blob: str) -> CopiedFile | None:
     )
 
 
+def is_plain(path: str) -> bool:
+    """Whether a peer's word for a file is its whole path, and nothing else."""
+    plain = path.startswith("/") and os.path.normpath(path) == path and "\0" not in path
+    return plain and len(os.fsencode(path)) <= MAX_PATH
+
+
 def check(file: CopiedFile) -> None:
     """A peer's word, before anything is written. Raises FrameRejected."""
     path = file.path
-    plain = path.startswith("/") and os.path.normpath(path) == path and "\0" not in path
     numbers = (file.size, file.uid, file.gid, file.modified)
     if (
-        not plain
-        or len(os.fsencode(path)) > MAX_PATH
+        not is_plain(path)
         or path.startswith(_KERNEL)
         or not all(0 <= number < 1 << 63 for number in numbers)
         or not 0 <= file.mode <= 0o7777

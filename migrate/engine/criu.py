@@ -26,6 +26,7 @@ from migrate.engine.criu_images import Images
 from migrate.engine.criu_predump import FOLDER, PreDump
 from migrate.engine.criu_restore import Restoration
 from migrate.engine.criu_tree import Trees
+from migrate.engine.ghosts import Ghosts
 from migrate.engine.image_file import ImageFile
 from migrate.engine.seam import Blob, Blocker, CpuImage, CpuRange, Piece, Survey, T, Visitor
 from migrate.engine.tracing import traced
@@ -217,6 +218,7 @@ class CriuEngine:
             migration = self._trees.restored_by(process)
             if migration is not None:
                 self._places(migration).keep()
+                self._ghosts(migration).forget()
             self._trees.release(process)
         else:
             self._trees.end(process)
@@ -267,6 +269,7 @@ class CriuEngine:
         if images is not None:
             images.finish()
         self._put(document, migration)
+        self._ghosts(migration).expect(document.deleted)
         minors: dict[int, int] = {}
         hidden: tuple[tuple[int, int], ...] = ()
         if document.kfd:
@@ -305,9 +308,13 @@ class CriuEngine:
     def _places(self, migration: str) -> Places:
         return Places(migration, self._folder(migration) / "copied.json")
 
+    def _ghosts(self, migration: str) -> Ghosts:
+        return Ghosts(self._folder(migration) / "ghosts.json")
+
     def discard(self, migration: str) -> None:
         """See ProcessEngine. CRIU's logs stay; files that came with the process go."""
         self._places(migration).undo()
+        self._ghosts(migration).remove()
         self._drop_images(migration)
 
     def _drop_images(self, migration: str) -> None:

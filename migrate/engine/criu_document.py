@@ -35,7 +35,7 @@ class CriuDocument(Value):
     ``root``: pid of the tree's root. ``kfd``: pids of its KFD processes, in the order of
     the checkpoints. ``render_nodes``: the source's render minors by actual gpu_id.
     ``tcp_close``: its TCP connections are to be closed ones; CRIU wants to be told again.
-    ``copied``: files of its that are sent, too.
+    ``copied``: files of its that are sent, too. ``deleted``: names of those that have none.
     """
 
     root: int
@@ -45,6 +45,7 @@ class CriuDocument(Value):
     criu: tuple[int, int, int]
     tcp_close: bool = False
     copied: tuple[CopiedFile, ...] = ()
+    deleted: tuple[str, ...] = ()
 
     def encode(self) -> bytes:
         """MessagePack."""
@@ -66,6 +67,9 @@ class CriuDocument(Value):
                 raise FrameRejected(f"the image of criu lists a {what} twice")
         for file in found.copied:
             copied.check(file)
+        for path in found.deleted:
+            if not copied.is_plain(path):
+                raise FrameRejected(f"{path[:70]!r} is no name that a file has had")
         if found.root < 1 or any(pid < 1 for pid in found.kfd):
             raise FrameRejected("the image of criu lists a pid that is none")
         return found

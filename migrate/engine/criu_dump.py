@@ -28,6 +28,7 @@ from migrate.engine.criu_document import (
 from migrate.engine.criu_hooks import LIBRARIES_VARIABLE, HookServer
 from migrate.engine.criu_pages import SHARED, PagePipes, PieceAccess
 from migrate.engine.criu_predump import FOLDER, PREFIX, PreDump
+from migrate.engine.ghosts import deleted_files
 from migrate.engine.hook import SOCKET_VARIABLE, UNSUPPORTED, Hook, HookCall, Stage, Verdict
 from migrate.engine.seam import Blob, CpuImage, Piece, T, Visitor
 from migrate.engine.tracing import guard
@@ -62,6 +63,7 @@ class Dump:
         self._tcp_close = tcp_close
         self._before = before
         self._copied = copied_files(copy_files)
+        self._deleted = deleted_files(criu_tree.tree(process.pid), paths)
         self._paths = paths
         self._group = group
         self._devices = DeviceFiles(process, paths)
@@ -130,6 +132,7 @@ class Dump:
             criu=self._version,
             tcp_close=self._tcp_close,
             copied=self._copied,
+            deleted=self._deleted,
         )
         sizes = self._pages.settle()
         for path in self.images.iterdir():

@@ -30,7 +30,7 @@ def deleted_files(pids: Sequence[int], paths: HostPaths) -> tuple[str, ...]:
     """Names that open and mapped files of these processes had. Raises NoSuchProcess."""
     found = {one.link for one in descriptors(pids, paths) if deleted(one)}
     found |= {one.path for one in mappings(pids, paths) if one.deleted}
-    names = (path.removesuffix(_DELETED) for path in found)
+    names = {path.removesuffix(_DELETED) for path in found}
     return tuple(sorted(n for n in names if n.startswith("/") and not n.startswith(_NO_FILE)))
 
 

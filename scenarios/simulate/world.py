@@ -242,7 +242,7 @@ class World:
             except (UsageError, UnknownMigration, JournalUnusable) as error:
                 self.tell(f"{agent.node.name}: no decision: {error}")
                 refused()
-            except InjectedFault:
+            except (InjectedFault, MigrateError):  # the decision stands; who stays behind is judged
                 self.tell(f"{agent.node.name}: decided; the rest fails now, and is gone on with")
 
         self.scheduler.start("operator", agent, act)

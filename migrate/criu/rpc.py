@@ -203,20 +203,14 @@ class Swrk:
 
 def criu_version(criu: str) -> tuple[int, int, int]:
     """Version of the program *criu*. Raises CriuUnusable."""
-    swrk = Swrk(criu, {})
-    try:
+    with contextlib.closing(Swrk(criu, {})) as swrk:
         return swrk.version()
-    finally:
-        swrk.close()
 
 
 def tracks_memory(criu: str) -> bool:
     """Whether the program *criu* and this kernel can pre-dump. Raises CriuUnusable."""
-    swrk = Swrk(criu, {})
-    try:
+    with contextlib.closing(Swrk(criu, {})) as swrk:
         return swrk.tracks_memory()
-    finally:
-        swrk.close()
 
 
 def _notification(message: Message) -> Notification:

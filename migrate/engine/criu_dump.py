@@ -16,20 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from migrate.criu.rpc import CriuOptions, Notification, RequestType, Swrk, criu_version, last_errors
+from migrate.criu.rpc import CriuOptions, Notification, RequestType, criu_version
 from migrate.engine import copied, criu_tree
 from migrate.engine.cgroup import Cgroup
 from migrate.engine.copied import CopiedFile
 from migrate.engine.criu_devices import DeviceFiles
-from migrate.engine.criu_document import (
-    CriuDocument,
-    DeviceFile,
-)
-from migrate.engine.criu_hooks import LIBRARIES_VARIABLE, HookServer
+from migrate.engine.criu_document import CriuDocument, DeviceFile
+from migrate.engine.criu_hooks import HookedCriu
 from migrate.engine.criu_pages import SHARED, PagePipes, PieceAccess
 from migrate.engine.criu_predump import FOLDER, PREFIX, PreDump
 from migrate.engine.ghosts import deleted_files
-from migrate.engine.hook import SOCKET_VARIABLE, UNSUPPORTED, Hook, HookCall, Stage, Verdict
+from migrate.engine.hook import UNSUPPORTED, Hook, HookCall, Stage, Verdict
 from migrate.engine.seam import Blob, CpuImage, Piece, T, Visitor
 from migrate.engine.tracing import guard
 from migrate.errors import CheckpointFailed, MigrateError
@@ -38,6 +35,7 @@ from migrate.kfd.process import KfdProcess
 from migrate.model import HostPaths, ProcessRef
 
 _log = logging.getLogger(__name__)
+LOG = "dump.log"
 
 
 class Dump:
@@ -63,7 +61,8 @@ class Dump:
         self._tcp_close = tcp_close
         self._before = before
         self._copied = copied_files(copy_files)
-        self._deleted = deleted_files(criu_tree.tree(process.pid), paths)
+        pids = criu_tree.tree(process.pid)
+        self._deleted = deleted_files(pids, paths)
         self._paths = paths
         self._group = group
         self._devices = DeviceFiles(process, paths)
@@ -76,14 +75,9 @@ class Dump:
         self._done = False
         shutil.rmtree(folder if before is None else self.images, ignore_errors=True)
         self.images.mkdir(parents=True, mode=0o700)
-        self._pages = PagePipes(self.images, len(criu_tree.tree(process.pid)) + SHARED)
-        self._server = HookServer(folder / "hook", self._answer)
-        environment = {
-            SOCKET_VARIABLE: str(self._server.path),
-            LIBRARIES_VARIABLE: str(hooks),
-        }
+        self._pages = PagePipes(self.images, len(pids) + SHARED)
         self._version = criu_version(criu)
-        self._swrk = Swrk(criu, environment)
+        self._criu = HookedCriu(criu, hooks, folder, LOG, self._answer)
         self._thread = threading.Thread(target=self._run, name="criu-dump", daemon=True)
         self._thread.start()
 
@@ -92,7 +86,7 @@ class Dump:
     @property
     def criu_pid(self) -> int:
         """Pid of CRIU."""
-        return self._swrk.process.pid
+        return self._criu.pid
 
     def visit(self, visit: Visitor[T]) -> T:
         """Wait until CRIU holds all tasks, then let *visit* speak to KFD. Raises what it does."""
@@ -158,16 +152,12 @@ class Dump:
             if self._failed is None and not self._done:
                 self._failed = CheckpointFailed("the dump was given up")
             self._state.notify_all()
-        self._pages.close()
-        self._server.close()
-        self._swrk.close()
-        self._thread.join()
         self._close()
+        self._thread.join()
 
     def _close(self) -> None:
         self._pages.close()
-        self._server.close()
-        self._swrk.close()
+        self._criu.close()
 
     # ------------------------------------------------------------ CRIU's thread
 
@@ -175,7 +165,7 @@ class Dump:
         options = CriuOptions(
             images=str(self.images),
             work=str(self._work),
-            log="dump.log",
+            log=LOG,
             pid=self.process.pid,
             freeze_cgroup=str(self._group.path),
             tcp_close=self._tcp_close,
@@ -183,14 +173,14 @@ class Dump:
             parent=f"../{FOLDER}" if self._before is not None else "",
         )
         try:
-            response = self._swrk.request(RequestType.DUMP, options, self._notified)
+            response = self._criu.swrk.request(RequestType.DUMP, options, self._notified)
             error = None
             if not response.success:
-                error = CheckpointFailed(f"criu dump failed: {self._why(response.message)}")
+                error = CheckpointFailed(f"criu dump failed: {self._criu.why(response.message)}")
             elif not self._visited:
                 error = CheckpointFailed("criu has dumped without asking the hook")
         except MigrateError as failure:
-            error = CheckpointFailed(f"criu dump: {failure.message}; {self._why('')}")
+            error = CheckpointFailed(f"criu dump: {failure.message}; {self._criu.why()}")
         with self._state:
             self._failed = self._failed or error
             self._done = True
@@ -200,10 +190,6 @@ class Dump:
     def _notified(self, notification: Notification) -> bool:
         _log.debug("criu: %s", notification.script)
         return self._failed is None
-
-    def _why(self, said: str) -> str:
-        hook = f"{self._server.error}; " if self._server.error is not None else ""
-        return hook + (last_errors(self._work / "dump.log") or said or "its log says no more")
 
     def _wait(self, condition: Callable[[], Any]) -> None:
         while not condition():

@@ -1,4 +1,4 @@
-"""Where the hook inside CRIU calls: one socket, a thread for each of its connections."""
+"""A CRIU with the hook inside, and where the hook calls: one socket, a thread a connection."""
 
 from __future__ import annotations
 
@@ -9,12 +9,43 @@ import socket
 import threading
 from pathlib import Path
 
-from migrate.engine.hook import Handler, HookCall, Verdict, serve
+from migrate.criu.rpc import Swrk, last_errors
+from migrate.engine.hook import SOCKET_VARIABLE, Handler, HookCall, Verdict, serve
 from migrate.errors import MigrateError
 
 LIBRARIES_VARIABLE = "CRIU_LIBS_DIR"  # where CRIU looks for plugins; its RPC has no field for it
 _log = logging.getLogger(__name__)
 _SHUT = OSError, ValueError
+
+
+class HookedCriu:
+    """One CRIU, told by ``swrk`` what to do; *handler* answers its hook. ``close`` ends both."""
+
+    def __init__(self, criu: str, hooks: Path, folder: Path, log: str, handler: Handler) -> None:
+        """Start it. It works in *folder*, with its log there. Raises CriuUnusable, OSError."""
+        self._log = folder / log
+        self.hook = HookServer(folder / "hook", handler)
+        environment = {SOCKET_VARIABLE: str(self.hook.path), LIBRARIES_VARIABLE: str(hooks)}
+        try:
+            self.swrk = Swrk(criu, environment)
+        except BaseException:
+            self.hook.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Of CRIU; a child of it does the work."""
+        return self.swrk.process.pid
+
+    def why(self, said: str = "") -> str:
+        """Why it failed: what the hook met, and CRIU's log; *said* where that says nothing."""
+        hook = f"{self.hook.error}; " if self.hook.error is not None else ""
+        return hook + (last_errors(self._log) or said or "its log says no more")
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.hook.close()
+        self.swrk.close()
 
 
 class HookServer:

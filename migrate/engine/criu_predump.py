@@ -23,18 +23,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from migrate.criu.rpc import CriuOptions, RequestType, Swrk, last_errors, tracks_memory
+from migrate.criu.rpc import CriuOptions, RequestType, tracks_memory
 from migrate.engine import criu_pagemap, criu_tree
 from migrate.engine.criu_devices import DeviceFiles
-from migrate.engine.criu_hooks import LIBRARIES_VARIABLE, HookServer
+from migrate.engine.criu_hooks import HookedCriu
 from migrate.engine.criu_pagemap import PAGE, PageMap
 from migrate.engine.criu_pages import SHARED, PagePipes, PieceAccess
-from migrate.engine.hook import SOCKET_VARIABLE, UNSUPPORTED, Hook, HookCall, Verdict
+from migrate.engine.hook import UNSUPPORTED, Hook, HookCall, Verdict
 from migrate.engine.seam import Blob, CpuRange, Piece
 from migrate.errors import CheckpointFailed, EngineUnsupported, MigrateError
 from migrate.model import HostPaths, ProcessRef
 
 FOLDER = "pre-dump"  # beside the images of the dump
+LOG = f"{FOLDER}.log"
 PREFIX = f"{FOLDER}."  # of its files' names on the way
 OUTDATED = 64 << 20  # bytes
 SHARED_MEMORY = 64 << 20  # bytes: CRIU writes shared memory while the tasks stand
@@ -68,16 +69,14 @@ class PreDump:
         shutil.rmtree(folder, ignore_errors=True)
         self.images.mkdir(parents=True, mode=0o700)
         self._pages = PagePipes(self.images, len(pids) + SHARED, PREFIX)
-        self._server = HookServer(folder / "hook", self._answer)
-        environment = {SOCKET_VARIABLE: str(self._server.path), LIBRARIES_VARIABLE: str(hooks)}
-        self._swrk = Swrk(criu, environment)
+        self._criu = HookedCriu(criu, hooks, folder, LOG, self._answer)
         self._thread = threading.Thread(target=self._run, name="criu-pre-dump", daemon=True)
         self._thread.start()
 
     @property
     def criu_pid(self) -> int:
-        """Pid of CRIU; a child of it does the work."""
-        return self._swrk.process.pid
+        """Pid of CRIU."""
+        return self._criu.pid
 
     def pieces(self) -> Iterator[tuple[Piece, PieceAccess]]:
         """Of the page files, while CRIU writes them. Raises CheckpointFailed at the end."""
@@ -145,29 +144,24 @@ class PreDump:
     def _close(self) -> None:
         # The child that writes ends by its pipes, CRIU by its child's end.
         self._pages.close()
-        self._server.close()
-        self._swrk.close()
+        self._criu.close()
 
     def _run(self) -> None:
         options = CriuOptions(
             images=str(self.images),
             work=str(self._folder),
-            log="pre-dump.log",
+            log=LOG,
             pid=self._process.pid,
             track_memory=True,
         )
         error = None
         try:
-            if not self._swrk.request(RequestType.SINGLE_PRE_DUMP, options).success:
-                error = CheckpointFailed(f"criu pre-dump failed: {self._why()}")
+            if not self._criu.swrk.request(RequestType.SINGLE_PRE_DUMP, options).success:
+                error = CheckpointFailed(f"criu pre-dump failed: {self._criu.why()}")
         except MigrateError as failure:
-            error = CheckpointFailed(f"criu pre-dump: {failure.message}; {self._why()}")
+            error = CheckpointFailed(f"criu pre-dump: {failure.message}; {self._criu.why()}")
         self._failed = self._failed or error
         self._pages.written()
-
-    def _why(self) -> str:
-        said = last_errors(self._folder / "pre-dump.log") or "its log says no more"
-        return f"{self._server.error}; {said}" if self._server.error is not None else said
 
     def _answer(self, call: HookCall) -> Verdict:
         if call.event.hook is Hook.HANDLE_DEVICE_VMA and self._devices.gpu_of(call) is None:

@@ -25,15 +25,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from migrate.criu.rpc import CriuOptions, Notification, RequestType, Swrk, last_errors
+from migrate.criu.rpc import CriuOptions, Notification, RequestType
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import ProcessMemoryAccess
 from migrate.engine import cgroup, criu_tree, procfs
 from migrate.engine.criu_document import KFD, CriuDocument, minor_to_gpu
-from migrate.engine.criu_hooks import LIBRARIES_VARIABLE, HookServer
+from migrate.engine.criu_hooks import HookedCriu
 from migrate.engine.criu_tree import TreeRecord, Trees
 from migrate.engine.document import FileMapping, moved
-from migrate.engine.hook import SOCKET_VARIABLE, Hook, HookCall, Verdict
+from migrate.engine.hook import Hook, HookCall, Verdict
 from migrate.engine.remote import RemoteFile
 from migrate.engine.seam import CpuRange, MovedBo, MovedGpu
 from migrate.errors import MigrateError, NoSuchProcess, ProcessExited, RestoreFailed
@@ -42,6 +42,7 @@ from migrate.kfd.process import KfdProcess
 from migrate.model import GpuMap, HostPaths, ProcessRef
 
 _log = logging.getLogger(__name__)
+LOG = "restore.log"
 BUILD_TIMEOUT = 300.0  # seconds that CRIU has to fork, and later to rebuild, all tasks
 
 
@@ -99,13 +100,11 @@ class Restoration:
             except MigrateError:
                 self._whole.remove()
                 raise
-        self._server = HookServer(folder / "hook", self._answer)
-        environment = {SOCKET_VARIABLE: str(self._server.path), LIBRARIES_VARIABLE: str(hooks)}
-        self._swrk = Swrk(criu, environment)
+        self._criu = HookedCriu(criu, hooks, folder, LOG, self._answer)
         # Its own group below the migration's: whatever it forks before we move it is found.
         beside = cgroup.ours(f"{migration}/criu")
         beside.create()
-        beside.add([self._swrk.process.pid])
+        beside.add([self._criu.pid])
         self._beside = beside
         self._thread = threading.Thread(target=self._run, name="criu-restore", daemon=True)
         self._thread.start()
@@ -126,7 +125,7 @@ class Restoration:
     @property
     def criu_pid(self) -> int:
         """Pid of CRIU."""
-        return self._swrk.process.pid
+        return self._criu.pid
 
     @property
     def kfd(self) -> Sequence[KfdProcess]:
@@ -166,8 +165,8 @@ class Restoration:
             self._abandoned = True
             self._failed = self._failed or RestoreFailed("the restore was given up")
             self._state.notify_all()
-        self._server.close()
-        self._swrk.hang_up()
+        self._criu.hook.close()
+        self._criu.swrk.hang_up()
         # CRIU forks with fixed pids and kills what it forked: not faster than it can.
         for group in (self._beside, self._group):
             group.kill()
@@ -175,8 +174,7 @@ class Restoration:
         self._whole.remove()
 
     def _close(self) -> None:
-        self._server.close()
-        self._swrk.close()
+        self._criu.close()
         self._thread.join()
         self._nodes.close()
         self._beside.remove()
@@ -187,17 +185,17 @@ class Restoration:
         options = CriuOptions(
             images=str(self._folder / "images"),
             work=str(self._folder),
-            log="restore.log",
+            log=LOG,
             tcp_close=self._document.tcp_close,
             auto_dedup=True,
         )
         error: MigrateError | None = None
         try:
-            response = self._swrk.request(RequestType.RESTORE, options, self._notified)
+            response = self._criu.swrk.request(RequestType.RESTORE, options, self._notified)
             if not response.success:
-                error = RestoreFailed(f"criu restore failed: {self._why(response.message)}")
+                error = RestoreFailed(f"criu restore failed: {self._criu.why(response.message)}")
         except MigrateError as failure:
-            error = RestoreFailed(f"criu restore: {failure.message}; {self._why('')}")
+            error = RestoreFailed(f"criu restore: {failure.message}; {self._criu.why()}")
         if error is not None:
             # CRIU may have died with tasks that nobody stops any more: they are no copy.
             with contextlib.suppress(MigrateError):
@@ -219,10 +217,6 @@ class Restoration:
                 self._exist = True
                 self._state.notify_all()
         return self._failed is None
-
-    def _why(self, said: str) -> str:
-        hook = f"{self._server.error}; " if self._server.error is not None else ""
-        return hook + (last_errors(self._folder / "restore.log") or said or "its log says no more")
 
     def _wait(self, condition: Callable[[], Any]) -> None:
         while not condition():

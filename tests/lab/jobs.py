@@ -39,6 +39,11 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.2)
 
 
+def exists(host: Host, pid: int) -> bool:
+    """Whether a host has the process."""
+    return host.ssh(f"test -e /proc/{pid} && echo yes || true") != ""
+
+
 class GpuJob:
     """A ``tests.lab.gpu_job``, wherever it is now. Tell *host* when it has moved."""
 

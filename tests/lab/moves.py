@@ -13,6 +13,7 @@ import pytest
 from scenarios.evidence import commit, machine
 from scenarios.lab import conformance
 from scenarios.lab.cluster import LabCluster
+from tests.lab.jobs import exists
 
 Report = dict[str, Any]
 Pair = Callable[[int, int], LabCluster]
@@ -26,8 +27,7 @@ def move(cluster: LabCluster, pid: int, way: str, *options: str) -> Report:
     report = cluster.migrate(source, destination, pid, *PATIENCE, *options)
     assert (report["status"], report["owner"]) == ("completed", "destination"), report
     assert report["destination"]["pid"] == pid
-    alive = cluster.hosts[source].ssh(f"test -e /proc/{pid} && echo yes || true")
-    assert alive == "", "the source still has the process"
+    assert not exists(cluster.hosts[source], pid), "the source still has the process"
     downtime = dict(report["downtime"])
     whole = downtime.pop("seconds")
     assert sum(downtime.values()) == pytest.approx(whole, rel=0.05, abs=0.05)

@@ -15,7 +15,7 @@ from scenarios.lab.cluster import LabCluster
 from scenarios.lab.host import Host, HostSpec
 from scenarios.lab.layout import Layout
 from tests.lab.conftest import Hosts
-from tests.lab.jobs import FIRST_PID, GpuJob, wait_for
+from tests.lab.jobs import FIRST_PID, GpuJob, exists, wait_for
 from tests.lab.moves import Keep, check_map, move
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(3000)]
@@ -71,10 +71,6 @@ def is_active(host: Host, unit: str) -> bool:
     return host.ssh(f"systemctl is-active {unit} || true").strip() == "active"
 
 
-def runs(host: Host, pid: int) -> bool:
-    return host.ssh(f"test -e /proc/{pid} && echo yes || true") != ""
-
-
 def test_deployed_agents_move_a_job_and_the_service_manager_keeps_both(
     site: LabCluster, keep: Keep
 ) -> None:
@@ -106,5 +102,5 @@ def test_deployed_agents_move_a_job_and_the_service_manager_keeps_both(
 
     assert deploy(site, "--remove", "--purge") == {"a": ["removed"], "b": ["removed"]}
     assert b.ssh(f"ls -d /opt/migrate /etc/migrate /etc/systemd/system/{UNIT} || true") == ""
-    assert runs(b, pid)
+    assert exists(b, pid)
     keep(site, "deployed", [report], before=before, after=job.finish())

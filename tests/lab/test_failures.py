@@ -19,7 +19,7 @@ from migrate.faults import ANNOUNCEMENT, VARIABLE
 from scenarios.lab import conformance
 from scenarios.lab.cluster import PID_FILE, LabCluster
 from tests.lab.conftest import Hosts
-from tests.lab.jobs import GpuJob, wait_for
+from tests.lab.jobs import GpuJob, exists, wait_for
 from tests.lab.moves import Keep, Pair, Report
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(3000)]
@@ -77,7 +77,7 @@ def runs_on(cluster: LabCluster, job: GpuJob, pid: int, report: Report) -> dict[
         "the persistent kernels stand still",
     )
     there = cluster.hosts["b"]
-    wait_for(lambda: not there.ssh(f"test -e /proc/{pid} && echo yes || true"), "the copy is there")
+    wait_for(lambda: not exists(there, pid), "the copy is there")
     for host in cluster.hosts.values():
         assert host.ssh(CRIU) == ""
         conformance.check_kernel(host)
@@ -199,7 +199,7 @@ def test_after_the_grant_nothing_wakes_the_source(hosts: Hosts, pair: Pair, keep
         cluster.run("watch", migration)
         report = json.loads(cluster.run("--json", "show", migration).stdout)
         assert (report["status"], report["owner"]) == ("completed", "destination"), report
-        assert source.ssh(f"test -e /proc/{pid} && echo yes || true") == ""
+        assert not exists(source, pid)
         job.host = cluster.hosts["b"]
         job.after(before["step"] + 20)
         keep(cluster, "failure-after-the-grant", [report], before=before, after=job.finish())

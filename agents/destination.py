@@ -15,10 +15,8 @@ from migrate.errors import AgentBusy, MigrateError, UnknownMigration
 from migrate.model import GpuMap
 from migrate.orchestrator.checks import (
     check_facts,
-    check_needs,
-    check_options,
+    check_move,
     check_order,
-    check_topology,
 )
 from migrate.orchestrator.clock import Thread
 from migrate.orchestrator.destination import (
@@ -31,11 +29,10 @@ from migrate.orchestrator.destination import (
 from migrate.orchestrator.handover import DestinationHandover
 from migrate.orchestrator.host import Host
 from migrate.orchestrator.peer import Examined, Peer, Session
-from migrate.orchestrator.plan import Needs, Options
+from migrate.orchestrator.plan import Move
 from migrate.orchestrator.preflight import check_room, choose_map, examine
 from migrate.preflight.facts import Facts
 from migrate.status import DESTINATION_FINAL, MAY_RUN, UNGRANTED, DestinationState, SourceState
-from migrate.topology.model import Topology
 
 _log = logging.getLogger(__name__)
 
@@ -89,10 +86,7 @@ class Destinations:
     def examine(
         self,
         source: str,
-        engine: str,
-        needs: Needs,
-        topology: Topology,
-        options: Options,
+        move: Move,
         facts: Facts,
         sample: int,
     ) -> Examined:
@@ -100,11 +94,9 @@ class Destinations:
 
         The session ends with the next call of the same source, or after SAMPLE_LIFE.
         """
-        check_needs(needs)
-        check_topology(topology)
-        check_options(options)
+        check_move(move)
         check_facts(facts)
-        findings, gpu_map = examine(self._host, engine, needs, topology, options, facts)
+        findings, gpu_map = examine(self._host, move, facts)
         self._end_samples(lambda found: found.source == source)
         return Examined(
             findings=findings,
@@ -139,19 +131,15 @@ class Destinations:
         self,
         migration: str,
         source: SourceRecord,
-        engine: str,
-        needs: Needs,
-        topology: Topology,
-        options: Options,
+        move: Move,
         ahead: bytes = b"",
     ) -> tuple[GpuMap, tuple[str, int], bytes, bytes]:
         """Check and make room. Returns GPU map, data address, session id, secret."""
-        check_needs(needs)
-        check_topology(topology)
-        check_options(options)
+        check_move(move)
+        engine, needs = move.engine, move.needs
         check_room(self._host, engine, needs)
         self._end_samples(lambda sample: sample.source == source.name)
-        gpu_map = choose_map(self._host, topology, needs, options)
+        gpu_map = choose_map(self._host, move.topology, needs, move.options)
         with self._lock:
             known = self._host.journal.last(migration, "destination")
             if migration in self._live or known is not None:

@@ -18,7 +18,7 @@ from migrate.orchestrator.handover import Answer
 from migrate.orchestrator.host import Host
 from migrate.orchestrator.image import Image, Manifest, Use
 from migrate.orchestrator.image_peer import PREFIX
-from migrate.orchestrator.plan import Options
+from migrate.orchestrator.plan import Move, Options
 from migrate.report import Restored
 
 
@@ -79,9 +79,13 @@ class Images:
         source = SourceRecord(
             name=f"{PREFIX}{image.path}", address="", store_id=f"{PREFIX}{migration}"
         )
-        gpu_map, _, session_id, _ = self._destinations.reserve(
-            migration, source, manifest.engine, manifest.needs, manifest.topology, options
+        move = Move(
+            engine=manifest.engine,
+            needs=manifest.needs,
+            topology=manifest.topology,
+            options=options,
         )
+        gpu_map, _, session_id, _ = self._destinations.reserve(migration, source, move)
         built = self._destinations.get(migration)
         try:
             session: Session = self._destinations.session(session_id)

@@ -24,7 +24,7 @@ from migrate.orchestrator.checks import check_names, decoded_order
 from migrate.orchestrator.destination import DestinationMigration, SourceRecord
 from migrate.orchestrator.handover import Answer
 from migrate.orchestrator.peer import GrantReply
-from migrate.orchestrator.plan import PROTOCOL, Needs, Options
+from migrate.orchestrator.plan import PROTOCOL, Move, Needs, Options
 from migrate.preflight.facts import Facts
 from migrate.report import DestinationFigures
 from migrate.rpc.pb import peer_pb2, peer_pb2_grpc
@@ -76,10 +76,7 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
         gpu_map, (data_host, data_port), session_id, secret = self._destinations.reserve(
             request.migration,
             source,
-            request.engine,
-            parsed(request.needs, Needs),
-            parsed(request.topology, Topology),
-            parsed(request.options, Options),
+            _move(request),
             request.ahead,
         )
         return peer_pb2.ReserveReply(
@@ -97,10 +94,7 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
         """Everything that speaks against a migration to here."""
         found = self._destinations.examine(
             self._sender(context, request.protocol),
-            request.engine,
-            parsed(request.needs, Needs),
-            parsed(request.topology, Topology),
-            parsed(request.options, Options),
+            _move(request),
             parsed(request.facts, Facts),
             request.sample,
         )
@@ -208,6 +202,15 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
                 advice="Add the host's name to allow_from in the destination agent's"
                 " configuration: an allowed source is as good as root there.",
             )
+
+
+def _move(request: peer_pb2.ExamineRequest | peer_pb2.ReserveRequest) -> Move:
+    return Move(
+        engine=request.engine,
+        needs=parsed(request.needs, Needs),
+        topology=parsed(request.topology, Topology),
+        options=parsed(request.options, Options),
+    )
 
 
 def _reply(reply: GrantReply) -> peer_pb2.GrantReply:

@@ -32,7 +32,7 @@ from migrate.orchestrator.estimate import Known, estimate
 from migrate.orchestrator.host import Host
 from migrate.orchestrator.objects import ObjectTable, opened
 from migrate.orchestrator.peer import Examined, Peer
-from migrate.orchestrator.plan import Needs, Options, Share
+from migrate.orchestrator.plan import Move, Needs, Options, Share
 from migrate.orchestrator.sampling import MAX_SAMPLE, Sample
 from migrate.orchestrator.sharing import contents, shares
 from migrate.preflight.facts import Facts
@@ -216,10 +216,12 @@ class Examination:
     # ------------------------------------------------------------ the other host
 
     def _examine(self, needs: Needs, topology: Topology, facts: Facts) -> Examined | None:
-        engine = self._host.engine.name
+        move = Move(
+            engine=self._host.engine.name, needs=needs, topology=topology, options=self._options
+        )
         try:
             before = time.time()
-            examined = self._peer.examine(engine, needs, topology, self._options, facts, MAX_SAMPLE)
+            examined = self._peer.examine(move, facts, MAX_SAMPLE)
             after = time.time()
         except MigrateError as error:
             self._block(error)

@@ -27,6 +27,7 @@ from migrate.model import GpuMap
 from migrate.orchestrator.plan import (
     Activity,
     KfdNeeds,
+    Move,
     Needs,
     ObjectOrder,
     Options,
@@ -148,6 +149,13 @@ def check_topology(topology: Topology) -> None:
             for field in part.__struct_fields__:
                 value = getattr(part, field)
                 _want(not isinstance(value, int) or 0 <= value < 1 << 64, f"{field} {value}")
+
+
+def check_move(move: Move) -> None:
+    """What a source wants to send. Raises PeerNonsense, UsageError."""
+    check_needs(move.needs)
+    check_topology(move.topology)
+    check_options(move.options)
 
 
 # ---------------------------------------------------------------- Restore

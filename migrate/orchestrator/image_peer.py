@@ -22,12 +22,11 @@ from migrate.model import GpuMap
 from migrate.orchestrator.handover import Answer
 from migrate.orchestrator.image import Image, Manifest
 from migrate.orchestrator.peer import Examined, GrantReply, PeerState, PreparedReply, Reservation
-from migrate.orchestrator.plan import Needs, Options, RestoreOrder
+from migrate.orchestrator.plan import Move, Options, RestoreOrder
 from migrate.preflight.facts import Facts
 from migrate.preflight.findings import Findings
 from migrate.report import DestinationFigures
 from migrate.status import SourceState
-from migrate.topology.model import Topology
 
 PREFIX = "image:"  # of the name of such a "host"; no host name has a colon
 STORED = "stored"  # in place of what a destination sees of a released process
@@ -49,36 +48,20 @@ class ImagePeer:
         self._source = source
         self._command = command
         self._reading = reading
-        self._asked: tuple[str, Needs, Topology, Options] | None = None
+        self._asked: Move | None = None
         self.sender: FileSender | None = None
 
-    def examine(
-        self,
-        engine: str,
-        needs: Needs,
-        topology: Topology,
-        options: Options,
-        facts: Facts,
-        sample: int,
-    ) -> Examined:
+    def examine(self, move: Move, facts: Facts, sample: int) -> Examined:
         """See Peer: a directory speaks against nothing; what it has no room for, reserve says."""
-        del engine, needs, topology, options, facts, sample
+        del move, facts, sample
         return Examined(findings=Findings(), gpu_map=None, clock=time.time())
 
-    def reserve(
-        self,
-        migration: str,
-        engine: str,
-        needs: Needs,
-        topology: Topology,
-        options: Options,
-        ahead: bytes = b"",
-    ) -> Reservation:
+    def reserve(self, migration: str, move: Move, ahead: bytes = b"") -> Reservation:
         """See Peer. Raises UsageError, InsufficientDisk."""
-        self.sender = self._image.create(migration, needs.quota // 2)
+        self.sender = self._image.create(migration, move.needs.quota // 2)
         del ahead  # nothing runs where an image lies
-        self._asked = engine, needs, topology, options
-        gpus = sorted({gpu for process in needs.processes for gpu in process.gpus})
+        self._asked = move
+        gpus = sorted({gpu for process in move.needs.processes for gpu in process.gpus})
         return Reservation(
             store_id=self._store(migration),
             gpu_map=GpuMap(pairs=tuple((gpu, gpu) for gpu in gpus)),
@@ -101,19 +84,19 @@ class ImagePeer:
         """See Peer: writes the manifest, after which the image is complete."""
         if self._asked is None or self.sender is None:
             raise MigrationFailed("this image was not begun by this run of the agent")
-        engine, needs, topology, options = self._asked
+        move = self._asked
         written = Manifest(
             migration=migration,
             source=self._source,
             command=self._command(migration),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            engine=engine,
-            needs=needs,
-            topology=topology,
+            engine=move.engine,
+            needs=move.needs,
+            topology=move.topology,
             order=order,
             digests=dict(manifest),
             frames=self.sender.frames,
-            left_running=options.leave_running,
+            left_running=move.options.leave_running,
         )
         token = self._image.complete(written, self.sender)
         self.sender.close()

@@ -11,11 +11,10 @@ from typing import Protocol
 
 from migrate.model import GpuMap, Value
 from migrate.orchestrator.handover import Answer
-from migrate.orchestrator.plan import Needs, Options, RestoreOrder
+from migrate.orchestrator.plan import Move, RestoreOrder
 from migrate.preflight.facts import Facts
 from migrate.preflight.findings import Findings
 from migrate.report import DestinationFigures
-from migrate.topology.model import Topology
 
 
 class Session(Value):
@@ -81,29 +80,13 @@ class Peer(Protocol):
 
     name: str
 
-    def examine(
-        self,
-        engine: str,
-        needs: Needs,
-        topology: Topology,
-        options: Options,
-        facts: Facts,
-        sample: int,
-    ) -> Examined:
+    def examine(self, move: Move, facts: Facts, sample: int) -> Examined:
         """Ask what speaks against it; a data session for *sample* bytes comes along.
 
         Reserves and changes nothing. Raises AgentUnreachable, PermissionRefused and the like.
         """
 
-    def reserve(
-        self,
-        migration: str,
-        engine: str,
-        needs: Needs,
-        topology: Topology,
-        options: Options,
-        ahead: bytes = b"",
-    ) -> Reservation:
+    def reserve(self, migration: str, move: Move, ahead: bytes = b"") -> Reservation:
         """Ask for room; *ahead*: see ProcessEngine. Raises NoGpuMap and the like."""
 
     def restore(

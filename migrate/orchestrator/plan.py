@@ -7,6 +7,7 @@ from migrate.engine.seam import Blob, CpuImage, CpuRange
 from migrate.kfd.process import KfdCheckpoint
 from migrate.model import GpuMap, Value
 from migrate.preflight.findings import COPY_FILE
+from migrate.topology.model import Topology
 
 PROTOCOL = 5  # raised when either proto/ or a document below changes its meaning
 CHUNK = 256 * 1024  # hash grain in bytes
@@ -56,6 +57,15 @@ class Needs(Value):
     memory: int  # bytes of host memory: staging plus CPU memory plus GTT
     quota: int  # bytes the chunk streams may carry at most: sum of all object sizes
     image_bytes: int = 0  # of the run directory's file system, for the engine's files
+
+
+class Move(Value):
+    """What is to move, and how. ``topology`` is the source's."""
+
+    engine: str
+    needs: Needs
+    topology: Topology
+    options: Options
 
 
 class BoKey(Value):

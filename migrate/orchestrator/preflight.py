@@ -23,7 +23,7 @@ from migrate.kfd.sysfs import ProcessUsage, busy_gpus, read_processes
 from migrate.model import GpuMap
 from migrate.orchestrator.host import Host, available_memory
 from migrate.orchestrator.objects import private_data, refuse_svm
-from migrate.orchestrator.plan import KfdNeeds, Needs, Options, Share
+from migrate.orchestrator.plan import KfdNeeds, Move, Needs, Options, Share
 from migrate.orchestrator.sharing import contents, refuse_strangers
 from migrate.preflight.compare import compare, look
 from migrate.preflight.facts import Facts
@@ -160,14 +160,13 @@ def cramped(host: Host, image_bytes: int) -> Iterator[MigrateError]:
         )
 
 
-def examine(
-    host: Host, engine: str, wanted: Needs, topology: Topology, options: Options, facts: Facts
-) -> tuple[Findings, GpuMap | None]:
+def examine(host: Host, move: Move, facts: Facts) -> tuple[Findings, GpuMap | None]:
     """Everything that speaks against this host as the destination, at once."""
-    found = [Finding.of(error) for error in lacking(host, engine, wanted)]
+    wanted, options = move.needs, move.options
+    found = [Finding.of(error) for error in lacking(host, move.engine, wanted)]
     gpu_map = None
     try:
-        gpu_map = choose_map(host, topology, wanted, options)
+        gpu_map = choose_map(host, move.topology, wanted, options)
     except MigrateError as error:
         found.append(Finding.of(error))
     findings = Findings(blockers=tuple(found), warnings=tuple(_tight(host, wanted)))

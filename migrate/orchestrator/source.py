@@ -52,7 +52,7 @@ from migrate.orchestrator.life import INTERVAL, SUSPECT, WINDOW, Look, between, 
 from migrate.orchestrator.narrator import Narrator
 from migrate.orchestrator.objects import ObjectTable, lent, opened
 from migrate.orchestrator.peer import Peer, Reservation
-from migrate.orchestrator.plan import Activity, ObjectOrder, Options, RestoreOrder, Share
+from migrate.orchestrator.plan import Activity, Move, ObjectOrder, Options, RestoreOrder, Share
 from migrate.orchestrator.rings import pending_packets
 from migrate.orchestrator.sharing import let_go, shares
 from migrate.orchestrator.source_handover import (
@@ -329,14 +329,10 @@ class SourceMigration:
         self._checkpoint_cancel()
         found.refuse()
         engine = self.host.engine
-        reservation = self.peer.reserve(
-            self.id,
-            engine.name,
-            found.needs,
-            found.topology,
-            self.options,
-            engine.ahead(self.process),
+        move = Move(
+            engine=engine.name, needs=found.needs, topology=found.topology, options=self.options
         )
+        reservation = self.peer.reserve(self.id, move, engine.ahead(self.process))
         faults.point("source.reserved")
         self._reservation = reservation
         self.figures.gpu_map = reservation.gpu_map

@@ -21,14 +21,13 @@ from migrate.orchestrator.peer import (
     Reservation,
     Session,
 )
-from migrate.orchestrator.plan import PROTOCOL, Needs, Options, RestoreOrder
+from migrate.orchestrator.plan import PROTOCOL, Move, RestoreOrder
 from migrate.preflight.facts import Facts
 from migrate.preflight.findings import Findings
 from migrate.report import DestinationFigures
 from migrate.rpc import tls
 from migrate.rpc.errors import translated
 from migrate.rpc.pb import peer_pb2, peer_pb2_grpc
-from migrate.topology.model import Topology
 
 SHORT = 10.0  # seconds: calls that only look or write a record
 RESTORE_BASE = 120.0  # seconds, or --patience if that is more; and so many bytes a second at least:
@@ -62,29 +61,21 @@ class GrpcPeer:
         self._patience = RESTORE_BASE
         self._channel: grpc.Channel | None = None
 
-    def examine(
-        self,
-        engine: str,
-        needs: Needs,
-        topology: Topology,
-        options: Options,
-        facts: Facts,
-        sample: int,
-    ) -> Examined:
+    def examine(self, move: Move, facts: Facts, sample: int) -> Examined:
         """Ask what speaks against it. Raises AgentUnreachable, CertificateRejected ..."""
         self.close()
         self._channel = tls.connect(self.address, self.name, self._files)
         request = peer_pb2.ExamineRequest(
             protocol=PROTOCOL,
-            engine=engine,
-            needs=msgspec.json.encode(needs),
-            topology=msgspec.json.encode(topology),
-            options=msgspec.json.encode(options),
+            engine=move.engine,
+            needs=msgspec.json.encode(move.needs),
+            topology=msgspec.json.encode(move.topology),
+            options=msgspec.json.encode(move.options),
             facts=msgspec.json.encode(facts),
             sample=sample,
         )
         with self._lost():
-            reply = self._stub().Examine(request, timeout=max(3 * SHORT, options.patience))
+            reply = self._stub().Examine(request, timeout=max(3 * SHORT, move.options.patience))
         host, _ = split_address(self.address)
         session = Session(
             data_address=reply.data_host or host,
@@ -99,18 +90,10 @@ class GrpcPeer:
             session=session if reply.session_id else None,
         )
 
-    def reserve(
-        self,
-        migration: str,
-        engine: str,
-        needs: Needs,
-        topology: Topology,
-        options: Options,
-        ahead: bytes = b"",
-    ) -> Reservation:
+    def reserve(self, migration: str, move: Move, ahead: bytes = b"") -> Reservation:
         """Ask for room. Raises AgentUnreachable, CertificateRejected, NoGpuMap and the like."""
         self.close()
-        self._patience = max(RESTORE_BASE, options.patience)
+        self._patience = max(RESTORE_BASE, move.options.patience)
         self._channel = tls.connect(self.address, self.name, self._files)
         request = peer_pb2.ReserveRequest(
             protocol=PROTOCOL,
@@ -118,10 +101,10 @@ class GrpcPeer:
             source=self._source,
             source_address=self._source_address,
             source_store_id=self._store_id,
-            engine=engine,
-            needs=msgspec.json.encode(needs),
-            topology=msgspec.json.encode(topology),
-            options=msgspec.json.encode(options),
+            engine=move.engine,
+            needs=msgspec.json.encode(move.needs),
+            topology=msgspec.json.encode(move.topology),
+            options=msgspec.json.encode(move.options),
             ahead=ahead,
         )
         with self._lost():

@@ -37,7 +37,7 @@ from migrate.journal import read_records
 from migrate.kfd.probe import bo_record_size
 from migrate.kfd.sysfs import read_topology
 from migrate.model import GpuMap
-from migrate.orchestrator.plan import PROTOCOL, KfdNeeds, Needs, Options, RestoreOrder
+from migrate.orchestrator.plan import PROTOCOL, KfdNeeds, Move, Needs, Options, RestoreOrder
 from migrate.rpc.ca import Role
 from migrate.rpc.errors import rebuilt
 from migrate.rpc.peer import GrpcPeer
@@ -242,8 +242,9 @@ class Fuzz:
             priv_bo_size=self._bo_record,
         )
         needs = Needs(processes=(kfd,), memory=1 << 20, quota=1 << 20)
+        move = Move(engine="reexec", needs=needs, topology=self._topology, options=Options())
         with contextlib.suppress(MigrateError):  # too many wait
-            self._peer.reserve(migration, "reexec", needs, self._topology, Options())
+            self._peer.reserve(migration, move)
             self._inputs.likely["migration"] = migration
 
     def _call(self) -> Callable[[], None]:

@@ -19,10 +19,9 @@ from migrate.orchestrator.peer import (
     PreparedReply,
     Reservation,
 )
-from migrate.orchestrator.plan import Needs, Options, RestoreOrder
+from migrate.orchestrator.plan import Move, RestoreOrder
 from migrate.preflight.facts import Facts
 from migrate.report import DestinationFigures
-from migrate.topology.model import Topology
 from scenarios.simulate.scheduler import Task
 
 if TYPE_CHECKING:
@@ -78,35 +77,17 @@ class SimulatedPeer:
 
     # ------------------------------------------------------------ the calls
 
-    def examine(
-        self,
-        engine: str,
-        needs: Needs,
-        topology: Topology,
-        options: Options,
-        facts: Facts,
-        sample: int,
-    ) -> Examined:
+    def examine(self, move: Move, facts: Facts, sample: int) -> Examined:
         """See Peer. A simulated host takes no sample."""
         del sample
         caller = self.agent.node.name
         return self._call(
             "Examine",
             LONG,
-            lambda there: there.destinations.examine(
-                caller, engine, needs, topology, options, facts, 0
-            ),
+            lambda there: there.destinations.examine(caller, move, facts, 0),
         )
 
-    def reserve(
-        self,
-        migration: str,
-        engine: str,
-        needs: Needs,
-        topology: Topology,
-        options: Options,
-        ahead: bytes = b"",
-    ) -> Reservation:
+    def reserve(self, migration: str, move: Move, ahead: bytes = b"") -> Reservation:
         """See Peer."""
         source = SourceRecord(
             name=self.agent.node.name, address="a:1", store_id=self.agent.journal.store_id
@@ -114,7 +95,7 @@ class SimulatedPeer:
 
         def handle(there: Agent) -> Reservation:
             gpu_map, (address, port), session_id, secret = there.destinations.reserve(
-                migration, source, engine, needs, topology, options, ahead
+                migration, source, move, ahead
             )
             return Reservation(
                 store_id=there.journal.store_id,

@@ -29,11 +29,10 @@ from migrate.orchestrator.peer import (
     PreparedReply,
     Reservation,
 )
-from migrate.orchestrator.plan import Needs, Options, RestoreOrder
+from migrate.orchestrator.plan import Move, Options, RestoreOrder
 from migrate.orchestrator.source import SourceMigration
 from migrate.preflight.facts import Facts
 from migrate.report import DestinationFigures, PeakMemory, Report
-from migrate.topology.model import Topology
 from tests.integration import engine_rig
 
 
@@ -69,32 +68,14 @@ class Direct:
     def copy(self, migration: str) -> DestinationMigration:
         return self.there.all.get(migration)
 
-    def examine(
-        self,
-        engine: str,
-        needs: Needs,
-        topology: Topology,
-        options: Options,
-        facts: Facts,
-        sample: int,
-    ) -> Examined:
+    def examine(self, move: Move, facts: Facts, sample: int) -> Examined:
         del sample  # its streams are the test's
-        return self.there.all.examine(self._source.name, engine, needs, topology, options, facts, 0)
+        return self.there.all.examine(self._source.name, move, facts, 0)
 
-    def reserve(
-        self,
-        migration: str,
-        engine: str,
-        needs: Needs,
-        topology: Topology,
-        options: Options,
-        ahead: bytes = b"",
-    ) -> Reservation:
+    def reserve(self, migration: str, move: Move, ahead: bytes = b"") -> Reservation:
         store = self._source.journal.store_id
         source = SourceRecord(name=self._source.name, address="", store_id=store)
-        gpu_map, (host, _), session, secret = self.there.all.reserve(
-            migration, source, engine, needs, topology, options, ahead
-        )
+        gpu_map, (host, _), session, secret = self.there.all.reserve(migration, source, move, ahead)
         return Reservation(
             store_id=self.there.host.journal.store_id,
             gpu_map=gpu_map,

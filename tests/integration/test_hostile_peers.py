@@ -27,7 +27,7 @@ from migrate.kfd.probe import bo_record_size
 from migrate.kfd.sysfs import read_topology
 from migrate.orchestrator.handover import Answer
 from migrate.orchestrator.peer import Reservation
-from migrate.orchestrator.plan import KfdNeeds, Needs, Options
+from migrate.orchestrator.plan import KfdNeeds, Move, Needs, Options
 from migrate.rpc.ca import Role, issue, revoke
 from migrate.rpc.peer import GrpcPeer
 from scenarios.cluster import Cluster, wait_until
@@ -68,7 +68,8 @@ def reserve(cluster: Cluster, peer: GrpcPeer, migration: str) -> Reservation:
         priv_bo_size=bo_record_size(cluster.hosts["a"].paths),
     )
     needs = Needs(processes=(kfd,), memory=1 << 20, quota=1 << 20)
-    return peer.reserve(migration, "reexec", needs, topology, Options())
+    move = Move(engine="reexec", needs=needs, topology=topology, options=Options())
+    return peer.reserve(migration, move)
 
 
 def is_refused(cluster: Cluster, files: TlsFiles, *errors: type[MigrateError]) -> None:

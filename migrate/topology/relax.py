@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from migrate.topology.search import Effort, Problem, Solution, feasible, matchable, solve
+from migrate.topology.search import Effort, Problem, Solution, bits_of, feasible, matchable, solve
 
 # Steps spent on proving that no cheaper map exists: half a second for 16 GPUs a side. Up to
 # _SMALL GPUs there is no limit, because the proof always comes soon.
@@ -102,7 +102,7 @@ def _unary_steps(problem: Problem, rules: int) -> set[int] | None:
         if all(bits & ~rules for bits in row):
             return set(row)
     possible = (np.array(problem.gpu_broken, dtype=np.int64) & ~rules) == 0
-    if matchable(possible, [1] * possible.shape[1]):
+    if matchable(bits_of(possible), [1] * possible.shape[1]):
         return None
     return {bits for row in problem.gpu_broken for bits in row}
 
@@ -119,7 +119,7 @@ def _plausible(problem: Problem, rules: int) -> bool:
     while True:
         supported = (fits & unary).any(axis=3).all(axis=2) & unary
         if (supported == unary).all():
-            return matchable(unary, [1] * unary.shape[1])
+            return matchable(bits_of(unary), [1] * unary.shape[1])
         unary = supported
         if not unary.any(axis=1).all():
             return False

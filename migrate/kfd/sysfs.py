@@ -23,6 +23,18 @@ from migrate.topology.model import Cache, Link, MemoryBank, Node, Topology
 
 # A hotplug or partition change between two files shows as a new generation_id.
 _READ_ATTEMPTS = 5
+# From a folder that somebody saved, or one of sysfs, to the tree.
+_AROUND = (
+    "",
+    "topology",
+    "kfd/topology",
+    "kfd/kfd/topology",
+    "class/kfd/kfd/topology",
+    "sys/class/kfd/kfd/topology",
+    "sys/devices/virtual/kfd/kfd/topology",
+    "devices/virtual/kfd/kfd/topology",
+    "sys/topology",
+)
 _LARGEST = (1 << 64) - 1
 _SKIPPED = frozenset({"number", "gpu_id", "name", "mem_banks", "caches", "links"})
 _NODE_FIELDS = frozenset(f.name for f in msgspec.structs.fields(Node)) - _SKIPPED
@@ -69,11 +81,18 @@ def _read_whole(base: Path, read: Callable[[Path, int], T]) -> T:
 
 
 def topology_root(root: str | Path) -> Path:
-    """The folder with ``nodes`` in it, given it or a folder around it. Raises BrokenTopology."""
+    """The folder with ``nodes`` in it, given it, ``nodes`` itself or a folder around them.
+
+    Raises BrokenTopology.
+    """
     base = Path(root)
-    for candidate in (base, base / "topology", base / "sys" / "topology"):
-        if (candidate / "nodes").is_dir():
-            return candidate
+    for around in _AROUND:
+        if (base / around / "nodes").is_dir():
+            return base / around
+    if base.resolve().name == "nodes" and base.is_dir():
+        return base.resolve().parent
+    if not base.exists():
+        raise BrokenTopology(f"{base}: no such folder")
     raise BrokenTopology(f"{base}: no folder `nodes` there, so it is no KFD topology tree")
 
 
@@ -93,6 +112,7 @@ def _read_once(base: Path, generation: int) -> Topology:
     if not nodes:
         raise BrokenTopology(f"{base / 'nodes'}: no node can be read there")
     _check_unique(base, (node.gpu_id for node in nodes if node.is_gpu))
+    _check_links_are_whole(base, nodes)
     return Topology(nodes=tuple(nodes), generation_id=generation, hidden=tuple(hidden))
 
 
@@ -114,6 +134,19 @@ def _check_unique(base: Path, gpu_ids: Iterable[int]) -> None:
     for gpu_id, times in Counter(gpu_ids).items():
         if times > 1:
             raise BrokenTopology(f"{base}: {times} nodes have the gpu_id {gpu_id}")
+
+
+def _check_links_are_whole(base: Path, nodes: Iterable[Node]) -> None:
+    """A tree without any links does not tell of them; one that lacks some is damaged."""
+    folders = [base / "nodes" / str(node.number) for node in nodes]
+    for kind in ("io_links", "p2p_links"):
+        missing = [folder for folder in folders if not (folder / kind).is_dir()]
+        if len(missing) == len(folders):
+            continue
+        for folder in missing:
+            count = _properties(folder / "properties").get(f"{kind}_count", 0)
+            if count:
+                raise BrokenTopology(f"{folder / kind}: missing, but {kind}_count is {count}")
 
 
 def _read_node(number: int, folder: Path) -> Node:
@@ -208,7 +241,9 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
         names = os.listdir(folder)
     except OSError as error:
         raise BrokenTopology(f"{folder}: {error.strerror}") from error
-    return sorted((int(name), folder / name) for name in names if name.isdecimal())
+    # As the kernel writes them: no other script's digits, and no 01 beside 1.
+    plain = [name for name in names if name.isascii() and name.isdecimal()]
+    return sorted((int(name), folder / name) for name in plain if name == str(int(name)))
 
 
 def _text(path: Path) -> str:
@@ -222,12 +257,13 @@ def _text(path: Path) -> str:
 
 def _properties(path: Path) -> dict[str, int]:
     result: dict[str, int] = {}
-    for line in _text(path).splitlines():
-        key, _, value = line.strip().partition(" ")
+    text = _text(path)
+    for line in text.splitlines():
+        key, *value = line.split(maxsplit=1) or ("",)
         if key in _READ:
-            result[key] = _integer(path, value, f" of {key}")
+            result[key] = _integer(path, "".join(value), f" of {key}")
     if not result:
-        raise BrokenTopology(f"{path}: empty")
+        raise BrokenTopology(f"{path}: {'no field of KFD in it' if text.strip() else 'empty'}")
     return result
 
 

@@ -48,9 +48,9 @@ def explain(case: Case, result: MatchResult) -> Explanation:
     alike = interchangeable(case.problem)
     known: dict[tuple[int, int], tuple[str, bool]] = {}
     rows = []
-    for i, s in enumerate(case.sources):
+    for i, s in sorted(enumerate(case.sources), key=lambda each: each[1].node.number):
         row = []
-        for d, t in enumerate(case.destinations):
+        for d, t in sorted(enumerate(case.destinations), key=lambda each: each[1].node.number):
             key = alike[0][i], alike[1][d]
             if key not in known:
                 known[key] = _verdict(case.problem, i, d)

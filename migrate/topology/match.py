@@ -11,7 +11,8 @@ first number that differs deciding:
 4. ``xgmi_bandwidth_lost``: MB/s, summed over both directions of all pairs of GPUs, by
    which the XGMI bandwidth at the destination is below the source's.
 
-Remaining ties are broken by the order of the nodes, so the answer is the same each time.
+Remaining ties are broken by the GPUs' PCI addresses, so the answer is the same each time, also
+where the kernel numbered the nodes otherwise.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from migrate.topology.model import Node, Topology
 from migrate.topology.relations import Joint, Joints, host_link_flags
 from migrate.topology.relax import cheapest, mildest
 from migrate.topology.rules import (
+    CRIU_SWITCHES,
     GPU_RULES,
     PAIR_RULES,
     RULE_NAMES,
@@ -35,7 +37,7 @@ from migrate.topology.rules import (
     PairRule,
     SourceGpu,
 )
-from migrate.topology.search import Problem, Solution, broken_by
+from migrate.topology.search import MAX_GPUS, Problem, Solution, broken_by
 
 VISIBLE_GPUS = "visible-gpus"  # no rule to relax: RESTORE wants the same number
 GPU_MAP = "gpu-map"  # the caller's own --gpu-map
@@ -111,9 +113,10 @@ def match(
     *free*: bytes not taken per destination gpu_id, no limit where not given. *busy*:
     destination gpu_ids that other processes hold. *override*: pairs of source and
     destination gpu_id that the caller fixes; the same rules hold for them. *relax*: names
-    of rules that may be broken if there is no map else.
+    of rules, or CRIU's for them, that may be broken if there is no map else.
 
-    Raises UsageError for an unknown rule or gpu_id, or a GPU named twice.
+    Raises UsageError for an unknown rule or gpu_id, a GPU named twice, or more GPUs than KFD
+    can have.
     """
     case = Case.of(
         source,
@@ -139,12 +142,15 @@ def decide(case: Case, relax: Collection[str] = frozenset()) -> MatchResult:
 
 
 def _bits(names: Collection[str]) -> int:
-    unknown = sorted(set(names) - set(RULE_NAMES))
+    plain = {CRIU_SWITCHES.get(name, name) for name in names}
+    unknown = sorted(plain - set(RULE_NAMES))
     if unknown:
         raise UsageError(
-            f"there is no rule {unknown[0]!r}", advice=f"The rules are: {', '.join(RULE_NAMES)}."
+            f"there is no rule {unknown[0]!r}",
+            advice=f"The rules are: {', '.join(RULE_NAMES)}; CRIU's names hold too:"
+            f" {', '.join(CRIU_SWITCHES)}.",
         )
-    return sum(1 << RULE_NAMES.index(name) for name in set(names))
+    return sum(1 << RULE_NAMES.index(name) for name in plain)
 
 
 def names_of(bits: int) -> tuple[str, ...]:
@@ -154,7 +160,7 @@ def names_of(bits: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Case:
-    """One question, with the GPUs in the order of their nodes."""
+    """One question, with the GPUs in the order of their PCI addresses."""
 
     sources: tuple[SourceGpu, ...]
     destinations: tuple[DestinationGpu, ...]
@@ -174,7 +180,12 @@ class Case:
         busy: Collection[int],
         override: Sequence[tuple[int, int]],
     ) -> Case:
-        """Look everything up. Raises UsageError for ids that are not there."""
+        """Look everything up. Raises UsageError for ids that are not there, or too many GPUs."""
+        for side, machine in (("source", source), ("destination", destination)):
+            if len(machine.gpus) > MAX_GPUS:
+                raise UsageError(
+                    f"the {side} has {len(machine.gpus)} GPUs, more than KFD's {MAX_GPUS}"
+                )
         joints, there = Joints(source), Joints(destination)
         seen = _choose(source, visible)
         sources = tuple(
@@ -183,7 +194,7 @@ class Case:
                 need=needs.get(node.gpu_id, 0),
                 host_link_flags=host_link_flags(node, joints.numa, joints.links),
             )
-            for node in seen
+            for node in sorted(seen, key=_address)
         )
         destinations = tuple(
             DestinationGpu(
@@ -192,7 +203,7 @@ class Case:
                 busy=node.gpu_id in busy,
                 host_link_flags=host_link_flags(node, there.numa, there.links),
             )
-            for node in destination.gpus
+            for node in sorted(destination.gpus, key=_address)
         )
         fixed = _fixed(override, seen, destination.gpus)
         return cls(sources, destinations, joints, there, fixed)
@@ -222,6 +233,11 @@ class Case:
         if wanted != d.node.gpu_id and (wanted is not None or taken):
             bits |= OVERRIDE
         return bits
+
+
+def _address(node: Node) -> tuple[int, int, int]:
+    """What stays when nodes are numbered anew."""
+    return node.domain, node.location_id, node.gpu_id
 
 
 def _choose(source: Topology, visible: Sequence[int] | None) -> tuple[Node, ...]:
@@ -292,13 +308,16 @@ def _bandwidth(a: Joint, b: Joint) -> int:
 
 def _success(case: Case, found: Solution) -> MatchResult:
     relaxed = names_of(broken_by(case.problem, found.places))
-    pairs = tuple(
-        (s.node.gpu_id, case.destinations[d].node.gpu_id)
-        for s, d in zip(case.sources, found.places, strict=True)
+    pairs = sorted(
+        (
+            (s.node, case.destinations[d].node)
+            for s, d in zip(case.sources, found.places, strict=True)
+        ),
+        key=lambda pair: pair[0].number,
     )
-    taken = set(found.places)
+    show = sorted((new for _, new in pairs), key=lambda node: node.number)
     return MatchResult(
-        map=GpuMap(pairs=pairs),
+        map=GpuMap(pairs=tuple((old.gpu_id, new.gpu_id) for old, new in pairs)),
         cost=Cost(
             relaxed=len(relaxed),
             numa=found.grouping >> _NUMA_SHIFT,
@@ -306,8 +325,8 @@ def _success(case: Case, found: Solution) -> MatchResult:
             xgmi_bandwidth_lost=found.bandwidth,
         ),
         relaxed=relaxed,
-        show=tuple(d.node.gpu_id for n, d in enumerate(case.destinations) if n in taken),
-        subset=len(taken) < len(case.destinations),
+        show=tuple(node.gpu_id for node in show),
+        subset=len(show) < len(case.destinations),
         proven=found.proven,
     )
 
@@ -374,6 +393,8 @@ def pair_refusal(
     """What *rule* says against two GPUs at two places (all by position), None if nothing."""
     a, b = (case.sources[i].node for i in pair)
     c, d = (case.destinations[i].node for i in places)
+    if a.number > b.number:  # as the drawings and tables have them
+        a, b, c, d = b, a, d, c
     values = rule.check(case.source_joints.between(a, b), case.destination_joints.between(c, d))
     if values is None:
         return None

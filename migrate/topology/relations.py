@@ -54,8 +54,9 @@ def best_links(topology: Topology) -> dict[tuple[int, int], Link]:
     return best
 
 
-def _rank(link: Link) -> tuple[bool, int, int]:
-    return not link.is_xgmi, link.weight, -link.max_bandwidth
+def _rank(link: Link) -> tuple[bool, int, int, bool, int, int]:
+    """The last three only so that the order of the folders never decides."""
+    return not link.is_xgmi, link.weight, -link.max_bandwidth, link.p2p, link.type, link.flags
 
 
 def numa_nodes(topology: Topology, links: dict[tuple[int, int], Link]) -> dict[int, int]:

@@ -135,9 +135,17 @@ def _capability(s: SourceGpu, d: DestinationGpu) -> Refused:
 
 
 def _visible_vram(s: SourceGpu, d: DestinationGpu) -> Refused:
-    if not s.node.visible_vram_bytes or d.node.visible_vram_bytes or not d.node.vram_bytes:
+    here, there = s.node.visible_vram_bytes, d.node.visible_vram_bytes
+    if there >= min(here, d.node.vram_bytes):  # all of a smaller card is enough: see vram-size
         return None
-    return "whole", "only in part"
+    return _mappable(s.node), _mappable(d.node)
+
+
+def _mappable(n: Node) -> str:
+    if n.visible_vram_bytes >= n.vram_bytes:
+        return "whole"
+    told = n.visible_vram_bytes
+    return f"only {show_bytes(told)} of it" if told else "only in part"
 
 
 def _vram_free(s: SourceGpu, d: DestinationGpu) -> Refused:
@@ -364,3 +372,5 @@ PAIR_RULES: tuple[PairRule, ...] = (
 
 RULES: tuple[GpuRule | PairRule, ...] = (*GPU_RULES, *PAIR_RULES)
 RULE_NAMES: tuple[str, ...] = tuple(rule.name for rule in RULES)
+# CRIU's switches by name, for those who know them.
+CRIU_SWITCHES: dict[str, str] = {rule.criu: rule.name for rule in RULES if rule.criu}

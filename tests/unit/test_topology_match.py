@@ -97,6 +97,37 @@ def test_the_same_answer_each_time_and_for_any_order_of_nodes() -> None:
     assert other.cost == first.cost
 
 
+def test_the_same_map_however_the_kernel_numbers_the_nodes() -> None:
+    """gpu_ids stay, so the map must too, also where many maps are equally good."""
+    for name in ("mi210-8x2hives", "mi300x8", "mi60x4"):
+        topology, twin = saved(name), renumbered(random.Random(5), saved(name))
+        wanted = pairs(match(topology, twin))
+        for seed in range(4):
+            other = numbered_anew(random.Random(seed), twin)
+            assert other.gpus != twin.gpus
+            assert pairs(match(topology, other)) == wanted
+            assert pairs(match(numbered_anew(random.Random(seed), topology), twin)) == wanted
+
+
+def numbered_anew(rng: random.Random, topology: Topology) -> Topology:
+    """Other node numbers, the same gpu_ids."""
+    new = renumbered(rng, topology)
+    old = {node.location_id: node.gpu_id for node in topology.gpus}
+    return Topology(
+        nodes=tuple(
+            msgspec.structs.replace(node, gpu_id=old[node.location_id]) if node.is_gpu else node
+            for node in new.nodes
+        )
+    )
+
+
+def test_more_gpus_than_kfd_can_have() -> None:
+    many = assemble([gpu(g) for g in range(1, 66)])
+    for source, destination, side in ((many, PAIR, "source"), (PAIR, many, "destination")):
+        with pytest.raises(UsageError, match=f"the {side} has 65 GPUs, more than KFD's 64"):
+            match(source, destination)
+
+
 def test_a_process_without_gpus() -> None:
     assert pairs(match(assemble([]), PAIR)) == {}
     assert pairs(match(PAIR, FOUR, visible=[])) == {}

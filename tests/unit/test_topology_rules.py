@@ -113,6 +113,16 @@ def test_visible_vram() -> None:
         " only in part (the whole of it must stay mappable)"
     )
     accept(small, large)
+    two = (MemoryBank(heap_type=1, size_in_bytes=GIB), MemoryBank(2, 63 * GIB))
+    part = assemble([gpu(2, mem_banks=two)])
+    assert refuse(large, part, "visible-vram") == (
+        "visible-vram: VRAM the CPU can map of source GPU 1 is whole, of destination GPU 2 it is"
+        " only 1024 MiB of it (the whole of it must stay mappable)"
+    )
+    accept(part, large)
+    accept(part, assemble([gpu(3, mem_banks=two)]))
+    smaller = assemble([gpu(3, mem_banks=bank(32 * GIB))])
+    assert refuse(large, smaller, "vram-size")  # and nothing else
 
 
 def test_vram_free() -> None:
@@ -215,3 +225,15 @@ def test_every_rule_says_what_and_why_and_crius_seven_are_there() -> None:
         "KFD_NUMA_CHECK",
         "KFD_CAPABILITY_CHECK",
     }
+
+
+def test_a_rule_can_be_relaxed_by_the_name_of_crius_switch() -> None:
+    new, old = gpu(1, fw_version=93, num_gws=65), gpu(2)
+    result = match(
+        assemble([new]), assemble([old]), relax={"KFD_FW_VER_CHECK", "KFD_NUM_GWS_CHECK"}
+    )
+    assert result.map is not None
+    assert result.relaxed == ("fw-version", "num-gws")
+    for rule in RULES:
+        if rule.criu:
+            assert match(assemble([gpu(1)]), assemble([gpu(2)]), relax={rule.criu}).map

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -12,15 +13,17 @@ from migrate.cli.output import Output
 from migrate.cli.settings import Settings
 from migrate.errors import MigrateError, NoSuchProcess, NotKfdProcess, ProtocolMismatch, UsageError
 from migrate.inventory import Inventory
-from migrate.kfd.sysfs import read_process, read_topology, topology_root
+from migrate.kfd.sysfs import read_processes, read_topology, topology_root
 from migrate.model import HostPaths, Value
 from migrate.topology import drawing
-from migrate.topology.explain import Explanation, as_document, explain
+from migrate.topology.explain import Cell, Explanation, as_document, explain
 from migrate.topology.gpumap import parse_gpu_map
 from migrate.topology.match import PREFERENCES, Case, MatchResult, decide, error_of
 from migrate.topology.model import Topology
 from migrate.topology.rules import RULES
 from migrate.topology.svg import svg
+
+_MANY = 16  # GPUs from which on alike ones share a row or column of the table
 
 
 class Machine(Value):
@@ -48,7 +51,9 @@ class Machine(Value):
 @click.argument("destination", metavar="DST", required=False)
 @click.option("--pid", type=click.IntRange(min=1), help="The GPUs that this process of SRC sees.")
 @click.option("--gpu-map", default="", metavar="OLD=NEW,...", help="Pairs that are fixed.")
-@click.option("--relax", multiple=True, metavar="RULE", help="A rule that may be broken.")
+@click.option(
+    "--relax", multiple=True, metavar="RULE", help="A rule that may be broken (or CRIU's name)."
+)
 @click.option("--explain", "explained", is_flag=True, help="Every pair, and a drawing.")
 @click.option(
     "--svg", "picture", type=click.Path(dir_okay=False), metavar="FILE", help="Draw into FILE."
@@ -69,7 +74,11 @@ def map_command(
     """Show which GPU of DST each GPU of SRC would become, or why none can.
 
     SRC and DST are hosts of the inventory, or folders with a saved
-    /sys/class/kfd/kfd/topology tree.
+    /sys/class/kfd/kfd/topology tree. A GPU in OLD=NEW is a gpu_id, an index (0 is the host's
+    first) or a render node (renderD128).
+
+    Exit codes: 0 a map; 2 usage or a broken tree; 50 no map; 51 only free VRAM is missing; 54
+    the process sees more GPUs than DST has.
     """
     if rules:
         return list_rules(settings.output)
@@ -166,14 +175,24 @@ def _is_folder(settings: Settings, name: str) -> bool:
 
 def _from_folder(name: str, pid: int | None) -> Machine:
     topology = read_topology(name)
-    processes = {}
-    if pid is not None:
-        # A copy of /sys/class/kfd/kfd has proc/ beside topology/.
-        usage = read_process(HostPaths(kfd_sysfs=str(topology_root(name).parent)), pid)
-        if usage is None:
-            raise NoSuchProcess(f"{name} has nothing of a KFD process {pid}")
-        processes[pid] = dict(usage.vram)
-    return Machine(name=name, topology=topology, processes=processes)
+    # A copy of /sys/class/kfd/kfd has proc/ beside topology/.
+    found = read_processes(HostPaths(kfd_sysfs=str(topology_root(name).parent)))
+    processes = {usage.pid: dict(usage.vram) for usage in found}
+    if pid is not None and pid not in processes:
+        raise NoSuchProcess(f"{name} has nothing of a KFD process {pid}")
+    taken = Counter[int]()
+    for vram in processes.values():
+        taken.update(vram)
+    return Machine(
+        name=name,
+        topology=topology,
+        free={
+            gpu.gpu_id: max(0, gpu.vram_bytes - taken[gpu.gpu_id])
+            for gpu in topology.gpus
+            if gpu.vram_bytes and gpu.gpu_id in taken
+        },
+        processes=processes,
+    )
 
 
 def _from_agent(inventory: Inventory, name: str, pid: int | None) -> Machine:
@@ -261,21 +280,49 @@ def _explained(
     output.text(f"Links: {drawing.LEGEND}.")
     output.text("")
     if explanation.rows:
-        heads = tuple(str(cell.destination_gpu) for cell in explanation.rows[0])
-        output.table(
-            (">SRC\\DST", *heads),
-            ((row[0].source_gpu, *(cell.shown for cell in row)) for row in explanation.rows if row),
-        )
-        output.text(
-            "yes: some map has the pair. RULE: the first rule that forbids it. (RULE): forbidden"
-            " only together with the other GPUs."
-        )
+        _pairs(output, explanation.rows)
     if explanation.relaxations:
         relax = " ".join(f"--relax {name}" for name in explanation.relaxations)
         output.text(f"Smallest relaxation that allows a map: {relax}")
     elif result.map is None:
         output.text("No relaxation allows a map.")
     output.text("")
+
+
+def _pairs(output: Output, rows: tuple[tuple[Cell, ...], ...]) -> None:
+    """The table. Of many GPUs those of the same answers are one row or column, told below."""
+    lines, columns = [[n] for n in range(len(rows))], [[n] for n in range(len(rows[0]))]
+    if max(len(lines), len(columns)) > _MANY:
+        lines = _alike([[cell.shown for cell in row] for row in rows])
+        columns = _alike([[row[n].shown for row in rows] for n in range(len(rows[0]))])
+    sources = [[rows[n][0].source_gpu for n in group] for group in lines]
+    destinations = [[rows[0][n].destination_gpu for n in group] for group in columns]
+    output.table(
+        (">SRC\\DST", *map(_group, destinations)),
+        (
+            (_group(ids), *(rows[line[0]][column[0]].shown for column in columns))
+            for ids, line in zip(sources, lines, strict=True)
+        ),
+    )
+    for side, groups in (("SRC", sources), ("DST", destinations)):
+        for ids in groups:
+            if len(ids) > 1:
+                output.text(f"{side} {_group(ids)}: {', '.join(map(str, ids))}")
+    output.text(
+        "yes: some map has the pair. RULE: the first rule that forbids it. (RULE): forbidden"
+        " only together with the other GPUs."
+    )
+
+
+def _alike(answers: list[list[str]]) -> list[list[int]]:
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for index, answer in enumerate(answers):
+        groups.setdefault(tuple(answer), []).append(index)
+    return list(groups.values())
+
+
+def _group(ids: list[int]) -> str:
+    return str(ids[0]) if len(ids) == 1 else f"{ids[0]} and {len(ids) - 1} more"
 
 
 def list_rules(output: Output) -> int:

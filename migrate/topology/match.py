@@ -438,11 +438,13 @@ def error_of(result: MatchResult) -> MigrateError:
         return VisibleGpus(first.message)
     more = len(result.refusals) - 1
     message = first.message + (f"; and {more} more" if more else "")
-    if set(result.advice) == {"vram-free"}:
+    # What is only preferred is broken unasked; VRAM is mostly taken where a GPU is busy, too.
+    needed = [name for name in result.advice if name not in PREFERENCES] or result.advice
+    if set(needed) == {"vram-free"}:
         return InsufficientVram(message)
-    if not result.advice:
+    if not needed:
         return NoGpuMap(message)
-    relax = " ".join(f"--relax {name}" for name in result.advice)
+    relax = " ".join(f"--relax {name}" for name in needed)
     return NoGpuMap(
         message, advice=f"{NoGpuMap.advice} The smallest relaxation that allows a map: {relax}."
     )

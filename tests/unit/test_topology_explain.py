@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +15,8 @@ import pytest
 
 from migrate.cli.main import run
 from migrate.cli.map import Machine, document
-from migrate.errors import NoGpuMap, VisibleGpus
+from migrate.errors import InsufficientVram, NoGpuMap, VisibleGpus
+from migrate.kfd.sysfs import read_topology
 from migrate.topology.drawing import draw
 from migrate.topology.explain import explain
 from migrate.topology.match import Case, decide, match
@@ -21,7 +24,7 @@ from migrate.topology.model import Topology
 from migrate.topology.profiles import PROFILES, write_tree
 from migrate.topology.rules import RULES
 from migrate.topology.svg import svg
-from tests.unit.topology_kit import MEMORY, assemble, gpu, machine
+from tests.unit.topology_kit import GIB, MEMORY, assemble, gpu, machine, saved, unpack
 
 IDS = [1, 2, 3, 4]
 ONE_HIVE = machine([gpu(g) for g in IDS], hives=[IDS])
@@ -115,6 +118,27 @@ def test_the_picture_of_a_refusal_says_why() -> None:
     assert "Smallest relaxation that allows a map: xgmi, hive" in picture
 
 
+def test_circles_and_labels_of_many_gpus_do_not_cover_each_other() -> None:
+    for name in ("vega10-1gpu", "mi300x8", "mi308x-4x8parts", "mi300x-8x8cpx"):
+        topology = saved(name)
+        picture = svg(topology, topology, match(topology, topology), ("a", "b"))
+        root = ET.fromstring(picture)
+        width, height = (float(root.attrib[key]) for key in ("width", "height"))
+        places = [
+            (float(circle.attrib["cx"]), float(circle.attrib["cy"]))
+            for circle in root.iter("{http://www.w3.org/2000/svg}circle")
+        ]
+        assert len(places) == 2 * len(topology.gpus)
+        assert all(60 < x < width - 60 and 60 < y < height - 60 for x, y in places)
+        assert all(math.dist(a, b) > 2 * 25 for a, b in combinations(places, 2))
+        labels = list(root.iter("{http://www.w3.org/2000/svg}text"))
+        outside = [text for text in labels if text.attrib.get("class") == "p"]
+        assert len(outside) == len(places)
+        for label in outside:
+            at = float(label.attrib["x"]), float(label.attrib["y"]) - 4
+            assert min(math.dist(at, place) for place in places) > 25
+
+
 # ---------------------------------------------------------------- migrate map
 
 
@@ -202,6 +226,51 @@ def test_what_a_process_of_a_saved_host_sees(
     code, _, err = ask(capsys, tmp_path / "kfd", trees / "twin", "--pid", "13")
     assert code == 30
     assert "nothing of a KFD process 13" in err
+
+
+def test_processes_of_a_saved_destination_count(
+    trees: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A GPU that one of them holds is taken only if no idle one fits, and never if it is full."""
+    kfd = tmp_path / "kfd"
+    kfd.mkdir()
+    write_tree(PROFILES["mi210x4"], kfd)
+    ids = [g.gpu_id for g in read_topology(kfd).gpus]
+    process = kfd / "proc" / "12"
+    process.mkdir(parents=True)
+    (process / "pasid").write_text("1")
+    (process / f"vram_{ids[0]}").write_text("4096")
+    code, out, _ = ask(capsys, trees / "mi210x2", kfd, "--json")
+    assert code == 0
+    said = json.loads(out)
+    assert str(ids[0]) not in said["show"]
+    assert said["relaxed"] == []
+    everywhere = ",".join(f"{n}={n}" for n in range(2))
+    code, out, _ = ask(capsys, trees / "mi210x2", kfd, "--gpu-map", everywhere, "--json")
+    assert (code, json.loads(out)["relaxed"]) == (0, ["busy"])
+    source = tmp_path / "source"
+    write_tree(PROFILES["mi210x2"], source)
+    (source / "proc" / "7").mkdir(parents=True)
+    (source / "proc" / "7" / "pasid").write_text("1")
+    (source / "proc" / "7" / "vram_41677").write_text(str(GIB))
+    for gpu_id in ids:
+        (process / f"vram_{gpu_id}").write_text(str(64 * GIB - GIB // 2))
+    code, out, _ = ask(capsys, source, kfd, "--pid", "7", "--json")
+    assert code == InsufficientVram.exit_code
+    assert {refusal["rule"] for refusal in json.loads(out)["refusals"]} >= {"vram-free"}
+
+
+def test_the_table_of_many_gpus_has_alike_ones_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = unpack("mi300x-8x8cpx", tmp_path)
+    code, out, _ = ask(capsys, tree, tree, "--explain")
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert ["10002", "and", "31", "more", "yes", "(numa)"] in lines
+    assert ["10034", "and", "30", "more", "(numa)", "yes"] in lines
+    (told,) = [line for line in out.splitlines() if line.startswith("SRC 10034 and 30 more: ")]
+    assert told.endswith("10062, 10063, 10064")
 
 
 def test_usage_and_broken_trees_exit_with_2(

@@ -11,7 +11,7 @@ import pytest
 from migrate.errors import InsufficientVram, NoGpuMap, UsageError, VisibleGpus
 from migrate.model import GpuMap
 from migrate.topology.gpumap import advance, compose, parse_gpu_map
-from migrate.topology.match import Cost, MatchResult, error_of, match
+from migrate.topology.match import PREFERENCES, Cost, MatchResult, error_of, match
 from migrate.topology.model import Topology
 from scenarios.bench.topology_machines import renumbered
 from tests.unit.topology_kit import GIB, assemble, gpu, machine, saved
@@ -152,6 +152,8 @@ def test_a_process_that_sees_more_gpus() -> None:
 def test_errors_by_rule() -> None:
     taken = error_of(match(PAIR, PAIR, needs={11: 5}, free={11: 4, 12: 4}))
     assert isinstance(taken, InsufficientVram)
+    held = match(PAIR, PAIR, needs={11: 5}, free={11: 4, 12: 4}, busy={11, 12}, relax=PREFERENCES)
+    assert isinstance(error_of(held), InsufficientVram)
     other = error_of(match(PAIR, assemble([gpu(1, fw_version=1), gpu(2)])))
     assert type(other) is NoGpuMap
     assert "--relax fw-version" in other.hint

@@ -30,7 +30,7 @@ from migrate import faults
 from migrate.dataplane.channel import TcpListener
 from migrate.dataplane.peak_memory import PeakMemory as PeakMemorySampler
 from migrate.dataplane.receiver import Receiver
-from migrate.engine.limits import raise_open_files
+from migrate.engine.limits import keep_buffers_apart, raise_open_files
 from migrate.errors import AgentBusy, JournalUnusable, UsageError
 from migrate.inventory import split_address
 from migrate.journal import Journal
@@ -238,6 +238,7 @@ def serve(config: AgentConfig, ready_fd: int | None = None) -> None:
     """Run an agent until SIGTERM or SIGINT. *ready_fd* gets its address when it answers."""
     faulthandler.register(signal.SIGUSR1)  # stacks of all threads to stderr, for a stuck agent
     raise_open_files()
+    keep_buffers_apart()
     faults.arm(os.environ.get(faults.VARIABLE, ""))
     if config.log_format == "json":
         use_json_lines(config.name)

@@ -40,13 +40,22 @@ def _places(topology: Topology, joints: Joints) -> Iterator[str]:
             branch = "└─" if index == len(gpus) - 1 else "├─"
             if index == 0:
                 yield f"  {name}"
-            yield f"  {branch} {_gpu(gpu, letters)}"
+            yield f"  {branch} {_gpu(gpu, letters)}{_partition(gpu, topology)}"
 
 
 def _gpu(gpu: Node, letters: dict[int, str]) -> str:
     hive = f", hive {letters[gpu.hive_id]}" if gpu.hive_id else ""
     vram = f", {gpu.vram_bytes / (1 << 30):.0f} GiB" if gpu.vram_bytes else ""
     return f"GPU {gpu.gpu_id} {gpu.gfx} renderD{gpu.drm_render_minor} {gpu.pci}{vram}{hive}"
+
+
+def _partition(gpu: Node, topology: Topology) -> str:
+    """Which partition of its device it is, where the device shows several (DPX to CPX)."""
+    parts = [other.gpu_id for other in topology.gpus if other.physical == gpu.physical]
+    if len(parts) < 2:
+        return ""
+    xccs = f"{gpu.num_xcc} XCC" + "s" * (gpu.num_xcc > 1)
+    return f", partition {parts.index(gpu.gpu_id) + 1} of {len(parts)} ({xccs})"
 
 
 def _matrix(topology: Topology, joints: Joints) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from migrate.model import Value
 from migrate.topology.match import ALL_RULES, OVERRIDE, Case, MatchResult, names_of
-from migrate.topology.relax import mildest
+from migrate.topology.relax import SMALL, mildest
 from migrate.topology.search import Problem, broken_by, feasible, interchangeable
 
 
@@ -41,10 +41,14 @@ class Explanation(Value):
 def explain(case: Case, result: MatchResult) -> Explanation:
     """Look at every pair. The answer for interchangeable GPUs is found once."""
     relaxations: tuple[str, ...] = ()
-    if result.map is None and len(case.sources) <= len(case.destinations):
+    some_map = result.map is not None and not result.relaxed
+    sets: list[int] = []
+    if not some_map and len(case.sources) <= len(case.destinations):
         nearest = mildest(case.problem, ALL_RULES)
         if nearest is not None:
-            relaxations = names_of(broken_by(case.problem, nearest.places))
+            sets.append(broken_by(case.problem, nearest.places))
+            some_map = not sets[0]
+            relaxations = names_of(sets[0]) if result.map is None else ()
     alike = interchangeable(case.problem)
     known: dict[tuple[int, int], tuple[str, bool]] = {}
     rows = []
@@ -53,7 +57,7 @@ def explain(case: Case, result: MatchResult) -> Explanation:
         for d, t in sorted(enumerate(case.destinations), key=lambda each: each[1].node.number):
             key = alike[0][i], alike[1][d]
             if key not in known:
-                known[key] = _verdict(case.problem, i, d)
+                known[key] = _verdict(case.problem, i, d, sets, some_map)
             rule, alone = known[key]
             row.append(
                 Cell(
@@ -67,7 +71,11 @@ def explain(case: Case, result: MatchResult) -> Explanation:
     return Explanation(rows=tuple(rows), relaxations=relaxations)
 
 
-def _verdict(problem: Problem, i: int, d: int) -> tuple[str, bool]:
+def _verdict(problem: Problem, i: int, d: int, sets: list[int], some_map: bool) -> tuple[str, bool]:
+    """*sets*: those of rules that sufficed for earlier pairs; the first is the smallest of all.
+
+    Of many GPUs they are tried before a search for a smaller one, which takes seconds.
+    """
     broken = problem.gpu_broken[i][d]
     if broken & OVERRIDE:
         return "gpu-map", False
@@ -76,12 +84,18 @@ def _verdict(problem: Problem, i: int, d: int) -> tuple[str, bool]:
     if len(problem.gpu_broken) > len(problem.gpu_broken[0]):
         return "visible-gpus", True
     fixed = _with(problem, i, d)
-    if feasible(fixed) is not None:
+    if some_map and feasible(fixed) is not None:
         return "", False
-    nearest = mildest(fixed, ALL_RULES, quick=True)
+    tried = sets if len(problem.gpu_broken[0]) > SMALL else sets[:1]
+    nearest = next((found for rules in tried if (found := feasible(fixed, rules))), None)
+    if nearest is None:
+        nearest = mildest(fixed, ALL_RULES, quick=True)
     if nearest is None:
         return "gpu-map", True
-    return names_of(broken_by(fixed, nearest.places))[0], True
+    rules = broken_by(fixed, nearest.places)
+    if rules not in sets:
+        sets.append(rules)
+    return names_of(rules)[0], True
 
 
 def _with(problem: Problem, i: int, d: int) -> Problem:

@@ -15,9 +15,9 @@ import numpy as np
 from migrate.topology.search import Effort, Problem, Solution, bits_of, feasible, matchable, solve
 
 # Steps spent on proving that no cheaper map exists: half a second for 16 GPUs a side. Up to
-# _SMALL GPUs there is no limit, because the proof always comes soon.
+# SMALL GPUs there is no limit, because the proof always comes soon.
 _EFFORT = 2_000
-_SMALL = 10
+SMALL = 10
 _TRIES = 40
 _LARGE = 1024  # pairs of a source and a destination GPU; a table of their pairs is 4 MiB
 
@@ -32,7 +32,7 @@ def cheapest(problem: Problem, allowed: int) -> Solution | None:
     best: Solution | None = None
     size = 0
     effort = None
-    if len(problem.gpu_broken[0]) > _SMALL:
+    if len(problem.gpu_broken[0]) > SMALL:
         effort = Effort(_EFFORT)
     for rules in _candidates(problem, allowed):
         if best is not None and rules.bit_count() > size:
@@ -51,7 +51,7 @@ def mildest(
     *tried*: rules that are known not to suffice, all of them together. *quick*: for many
     GPUs stop soon, with a set of which no rule can be left out.
     """
-    large = bool(problem.gpu_broken) and len(problem.gpu_broken[0]) > _SMALL
+    large = bool(problem.gpu_broken) and len(problem.gpu_broken[0]) > SMALL
     for tries, rules in enumerate(_candidates(problem, allowed)):
         if quick and large and tries >= _TRIES:
             return _irreducible(problem, allowed)

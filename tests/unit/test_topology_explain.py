@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import time
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -22,8 +24,9 @@ from migrate.topology.explain import explain
 from migrate.topology.match import Case, decide, match
 from migrate.topology.model import Topology
 from migrate.topology.profiles import PROFILES, write_tree
-from migrate.topology.rules import RULES
+from migrate.topology.rules import RULE_NAMES, RULES
 from migrate.topology.svg import svg
+from scenarios.bench.topology_machines import question
 from tests.unit.topology_kit import GIB, MEMORY, assemble, gpu, machine, saved, unpack
 
 IDS = [1, 2, 3, 4]
@@ -67,6 +70,18 @@ def test_a_pair_that_only_the_others_forbid() -> None:
     assert shown(source, target) == [["(fw-version)", "yes"], ["yes", "fw-version"]]
 
 
+@pytest.mark.timeout(30)
+def test_every_pair_of_many_gpus_comes_soon() -> None:
+    """A source of odd links among 16 GPUs that no place has: half a minute pair by pair."""
+    q = question(random.Random(684), 16, RULE_NAMES)
+    here = case(q.source, q.destination, needs=q.needs, free=q.free, busy=q.busy)
+    begin = time.process_time()
+    explanation = explain(here, decide(here))
+    assert time.process_time() - begin < 12
+    assert explanation.relaxations
+    assert all(cell.rule for row in explanation.rows for cell in row)
+
+
 def test_pairs_against_the_callers_map_and_too_many_gpus() -> None:
     assert shown(ONE_HIVE, ONE_HIVE, override=[(1, 2)])[0] == [
         "gpu-map",
@@ -94,6 +109,17 @@ def test_the_drawing() -> None:
         "  2    X50      -      p",
         "  3      p      p      -",
     ]
+
+
+def test_the_drawing_tells_partitions() -> None:
+    text = "\n".join(draw(saved("mi308x-4x8parts"), "host"))
+    assert (
+        "GPU 24248 gfx942 renderD128 0000:0a:00.0, 48 GiB, hive A, partition 1 of 4 (1 XCC)" in text
+    )
+    text = "\n".join(draw(saved("mi300x-8x8cpx"), "host"))
+    assert text.count("partition 1 of 8 (1 XCC)") == 7
+    assert text.count("partition 7 of 7 (1 XCC)") == 1
+    assert "partition" not in "\n".join(draw(saved("mi300x8"), "host"))
 
 
 def test_the_picture_has_every_gpu_and_link_and_the_map() -> None:

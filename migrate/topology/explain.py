@@ -72,7 +72,7 @@ def explain(case: Case, result: MatchResult) -> Explanation:
 
 
 def _verdict(problem: Problem, i: int, d: int, sets: list[int], some_map: bool) -> tuple[str, bool]:
-    """*sets*: those of rules that sufficed for earlier pairs; the first is the smallest of all.
+    """*sets*: those of rules that sufficed before; without *some_map* the smallest is the first.
 
     Of many GPUs they are tried before a search for a smaller one, which takes seconds.
     """
@@ -86,7 +86,8 @@ def _verdict(problem: Problem, i: int, d: int, sets: list[int], some_map: bool) 
     fixed = _with(problem, i, d)
     if some_map and feasible(fixed) is not None:
         return "", False
-    tried = sets if len(problem.gpu_broken[0]) > SMALL else sets[:1]
+    first = [] if some_map else sets[:1]
+    tried = sets if len(problem.gpu_broken[0]) > SMALL else first
     nearest = next((found for rules in tried if (found := feasible(fixed, rules))), None)
     if nearest is None:
         nearest = mildest(fixed, ALL_RULES, quick=True)

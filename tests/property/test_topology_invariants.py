@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from migrate.errors import BrokenTopology
 from migrate.kfd.sysfs import read_topology
-from migrate.topology.match import Cost, MatchResult, match
+from migrate.topology.explain import explain
+from migrate.topology.match import VISIBLE_GPUS, Case, Cost, MatchResult, decide, match
 from migrate.topology.model import Topology
 from migrate.topology.rules import RULE_NAMES
 from scenarios.bench.topology_machines import Question, Shape, machine, question, renumbered
@@ -84,6 +85,22 @@ def test_a_machine_with_more_gpus_is_never_worse(seed: int) -> None:
         assert there.cost is not None
         assert here.cost is not None
         assert msgspec.structs.astuple(here.cost) <= msgspec.structs.astuple(there.cost)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_each_cell_of_the_table_is_what_match_says_of_that_pair(seed: int) -> None:
+    q = dataclasses.replace(question(random.Random(seed), 6, RULE_NAMES), relax=frozenset())
+    case = Case.of(
+        q.source, q.destination, visible=q.visible, needs=q.needs, free=q.free, busy=q.busy,
+        override=(),
+    )  # fmt: skip
+    for row in explain(case, decide(case)).rows:
+        for cell in row:
+            pair = (cell.source_gpu, cell.destination_gpu)
+            result = ask(dataclasses.replace(q, override=(pair,)))
+            assert (result.map is not None) == (not cell.rule)
+            if cell.alone and cell.rule != VISIBLE_GPUS:
+                assert cell.rule == result.advice[0]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ or a blob of the process engine. The data plane knows nothing else of it.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Buffer = bytes | bytearray | memoryview
 
@@ -18,9 +18,6 @@ class MemoryAccess(Protocol):
     def size(self) -> int:
         """Bytes."""
 
-    def view(self, offset: int, length: int) -> memoryview | None:
-        """A live, zero-copy view of a range, or None where the CPU can't have one."""
-
     def read(self, offset: int, into: memoryview) -> None:
         """Fill *into* from *offset*. Raises OSError."""
 
@@ -29,3 +26,14 @@ class MemoryAccess(Protocol):
 
     def close(self) -> None:
         """Release mappings and fds held for this access."""
+
+
+@runtime_checkable
+class InPlace(Protocol):
+    """What some accesses can besides: memory that is cheap to read is looked at where it lies."""
+
+    def digests(self, offset: int, length: int, chunk: int) -> list[bytes] | None:
+        """The digest of each *chunk* of a range as it is now, or None: it has to be read.
+
+        Raises OSError.
+        """

@@ -31,6 +31,11 @@ def digest(data: Buffer) -> bytes:
     return xxhash.xxh3_128_digest(data)
 
 
+def digests_of(data: memoryview, chunk: int) -> list[bytes]:
+    """The digest of each *chunk* bytes of *data*; the last one may be shorter."""
+    return [digest(data[at : at + chunk]) for at in range(0, len(data), chunk)]
+
+
 def zero_digest(length: int) -> bytes:
     """The digest of *length* zero bytes (a chunk at most)."""
     known = _ZERO_DIGESTS.get(length)

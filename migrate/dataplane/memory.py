@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from migrate import process_vm
 from migrate.dataplane import sigbus
 from migrate.dataplane.access import Buffer, MemoryAccess
-from migrate.dataplane.chunks import address_of
+from migrate.dataplane.chunks import address_of, digests_of
 
 LARGE = 64 << 20  # bytes; to unmap a GiB of filled page tables takes 40 ms
 
@@ -55,10 +55,6 @@ class ProcessMemoryAccess:
         self._pid = pid
         self._address = address
         self.size = length
-
-    def view(self, offset: int, length: int) -> memoryview | None:
-        """Always None: the memory is another process's."""
-        return None
 
     def read(self, offset: int, into: memoryview) -> None:
         """See MemoryAccess. ESRCH, EFAULT, EPERM."""
@@ -101,10 +97,6 @@ class BytesAccess:
         self._data = memoryview(data)
         self.size = len(data)
 
-    def view(self, offset: int, length: int) -> memoryview | None:
-        """See MemoryAccess."""
-        return self._data[offset : offset + length]
-
     def read(self, offset: int, into: memoryview) -> None:
         """See MemoryAccess."""
         check_bounds(self.size, offset, len(into))
@@ -127,10 +119,6 @@ class PartAccess:
         self._whole = whole
         self._offset = offset
         self.size = size
-
-    def view(self, offset: int, length: int) -> memoryview | None:
-        """See MemoryAccess."""
-        return self._whole.view(self._offset + offset, length)
 
     def read(self, offset: int, into: memoryview) -> None:
         """See MemoryAccess."""
@@ -175,10 +163,6 @@ class MmapAccess:
             return False
         return True
 
-    def view(self, offset: int, length: int) -> memoryview | None:
-        """Always None: a load from the mapping of a BO that was freed is SIGBUS."""
-        return None
-
     def read(self, offset: int, into: memoryview) -> None:
         """See MemoryAccess. EFAULT if the object's pages are gone, then and for good."""
         check_bounds(self.size, offset, len(into))
@@ -189,6 +173,21 @@ class MmapAccess:
                 sigbus.copy(address_of(into), mapping.start + offset, len(into), mapping)
             else:
                 self._file_read(offset, into)
+
+    def digests(self, offset: int, length: int, chunk: int) -> list[bytes] | None:
+        """See InPlace. None of a dmabuf, which may be slow to read, and of holes.
+
+        EFAULT if the object's pages are gone, then and for good.
+        """
+        check_bounds(self.size, offset, length)
+        if not self.by_file:
+            return None
+        with self._using() as mapping:
+            start = mapping.start + offset
+            if self._map is None or not _is_present(start, length):
+                return None
+            with sigbus.reading(mapping), memoryview(self._map)[offset : offset + length] as data:
+                return digests_of(data, chunk)
 
     def write(self, offset: int, data: memoryview) -> None:
         """See MemoryAccess. EFAULT if the object's pages are gone, then and for good."""

@@ -2,6 +2,8 @@
 
 Live memory changes under us: a piece is copied once to a private buffer, and that copy is
 what is hashed and what is sent, so a digest is always one of the very bytes it travels with.
+Where the destination holds something already, memory that is cheap to read is looked at first
+where it lies, and copied only if it differs.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ from collections.abc import Iterator
 from itertools import repeat
 from typing import Protocol
 
-from migrate.dataplane.access import MemoryAccess
-from migrate.dataplane.chunks import DIGEST_SIZE, digest, zero_digest
-from migrate.dataplane.source import Round, SourceObject, Span, read
+from migrate.dataplane.access import InPlace, MemoryAccess
+from migrate.dataplane.chunks import DIGEST_SIZE, chunk_count, digests_of, zero_digest
+from migrate.dataplane.source import Round, SourceObject, Span, named, read
 from migrate.errors import MigrationFailed
 
 What = str | tuple[int, int]  # of a chunk; a tuple: the object and offset it is a duplicate of
@@ -67,14 +69,34 @@ class SpanScan:
         for offset in range(self._span.offset, self._end, len(buffer)):
             piece = buffer[: min(len(buffer), self._end - offset)]
             try:
-                read(self._source.info, self._access, offset, piece)
+                kept = self._is_kept(offset, len(piece))
+                if not kept:
+                    read(self._source.info, self._access, offset, piece)
             except MigrationFailed:
                 if self._source.info.id not in self._sink.round.gone:
                     raise
                 self._done = self._end  # nothing more of it, and nothing to do again
                 break
-            self._piece(offset, piece)
+            if not kept:
+                self._piece(offset, piece)
         self._flush_zeros()
+
+    def _is_kept(self, offset: int, length: int) -> bool:
+        """Whether the destination holds all of a piece as it is, seen without a copy."""
+        source, chunk = self._source, self._source.info.chunk
+        first, count = offset // chunk, chunk_count(length, chunk)
+        if not isinstance(self._access, InPlace) or 0 in source.held.known[first : first + count]:
+            return False
+        with named(source.info, offset):
+            parts = self._access.digests(offset, length, chunk)
+        found = b"".join(parts or ())
+        if source.held.export(first, count) != b"\1" * count + found:
+            return False
+        source.seen.set_run(first, found)
+        self._count(offset, length, [False] * count, [False] * count, plain=False)
+        if self._zero_from < 0:
+            self._done = offset + length
+        return True
 
     def rest(self) -> Span | None:
         """What is left to do after a cut."""
@@ -91,7 +113,7 @@ class SpanScan:
         """One piece, all its chunks at once: what is done for each of them alone is dear."""
         source, chunk = self._source, self._source.info.chunk
         first = offset // chunk
-        parts = [digest(piece[at : at + chunk]) for at in range(0, len(piece), chunk)]
+        parts = digests_of(piece, chunk)
         zero = self._zero(parts, len(piece))
         digests = b"".join(parts)
         source.seen.set_run(first, digests)

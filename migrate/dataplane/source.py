@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.chunks import ChunkTable
@@ -229,8 +230,15 @@ class ObjectBook:
 
 def read(info: ObjectInfo, access: MemoryAccess, offset: int, into: memoryview) -> None:
     """Read a piece of an object's memory. Raises MigrationFailed naming it."""
-    try:
+    with named(info, offset):
         access.read(offset, into)
+
+
+@contextmanager
+def named(info: ObjectInfo, offset: int) -> Iterator[None]:
+    """Within it, an OSError of an object's memory becomes a MigrationFailed that names it."""
+    try:
+        yield
     except OSError as error:
         raise MigrationFailed(
             f"object {info.id} ({info.kind.name}) can't be read at {offset:#x}: {error}",

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from migrate.dataplane.access import MemoryAccess
+from migrate.dataplane.access import InPlace, MemoryAccess
 from migrate.dataplane.chunks import (
     DIGEST_SIZE,
     ChunkTable,
     address_of,
     chunk_count,
-    digest,
+    digests_of,
     is_zero_at,
 )
 from migrate.dataplane.messages import STATE_CHUNKS, ObjectInfo
@@ -68,12 +68,12 @@ class StagedObject:
 
     def commit(self, offset: int, length: int, digests: bytes) -> None:
         """The bytes stand, if their digests are these. Raises FrameRejected if not."""
-        data, chunk = self.memory[offset : offset + length], self.info.chunk
-        for index, at in enumerate(range(0, length, chunk)):
-            wanted = digests[index * DIGEST_SIZE : (index + 1) * DIGEST_SIZE]
-            if digest(data[at : at + chunk]) != wanted:
+        chunk = self.info.chunk
+        for index, part in enumerate(digests_of(self.memory[offset : offset + length], chunk)):
+            if part != digests[index * DIGEST_SIZE : (index + 1) * DIGEST_SIZE]:
                 raise FrameRejected(
-                    f"object {self.info.id}: the chunk at {offset + at:#x} fails its digest"
+                    f"object {self.info.id}: the chunk at {offset + index * chunk:#x}"
+                    " fails its digest"
                 )
         self.table.set_run(offset // chunk, digests)
 
@@ -287,19 +287,26 @@ def verify(info: ObjectInfo, target: MemoryAccess, expected: bytes) -> int:
     def work(ranges: Iterator[tuple[int, int]]) -> None:
         buffer = memoryview(bytearray(PIECE))
         for offset, length in ranges:
-            part = buffer[:length]
-            target.read(offset, part)
-            for at in range(0, length, info.chunk):
-                index = (offset + at) // info.chunk
-                wanted = expected[index * DIGEST_SIZE : (index + 1) * DIGEST_SIZE]
-                if digest(part[at : at + info.chunk]) != wanted:
+            found = digests_at(target, offset, buffer[:length], info.chunk)
+            for index, part in enumerate(found, offset // info.chunk):
+                if part != expected[index * DIGEST_SIZE : (index + 1) * DIGEST_SIZE]:
                     raise VerificationFailed(
                         f"object {info.id} ({info.kind.name}): the chunk at"
-                        f" {offset + at:#x} differs from the source's"
+                        f" {index * info.chunk:#x} differs from the source's"
                     )
 
     _share(info.size, work)
     return count
+
+
+def digests_at(target: MemoryAccess, offset: int, room: memoryview, chunk: int) -> list[bytes]:
+    """Digests of the chunks of a range as long as *room*, which is where it is read to if it
+    can't be looked at where it lies. Raises OSError."""
+    found = target.digests(offset, len(room), chunk) if isinstance(target, InPlace) else None
+    if found is None:
+        target.read(offset, room)
+        found = digests_of(room, chunk)
+    return found
 
 
 def pieces(size: int) -> Iterator[tuple[int, int]]:

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 import msgspec
 
-from migrate.dataplane.access import MemoryAccess
+from migrate.dataplane.access import InPlace, MemoryAccess
 from migrate.dataplane.memory import MmapAccess
 from migrate.dataplane.sdma.access import SdmaAccess
 from migrate.dataplane.sdma.card import Cards
@@ -71,14 +71,19 @@ class CountedAccess:
         self._tally = tally
         self.size = access.size
 
-    def view(self, offset: int, length: int) -> memoryview | None:
-        """Always None: who looks at a view is not counted."""
-        return None
-
     def read(self, offset: int, into: memoryview) -> None:
         """See MemoryAccess."""
         self._access.read(offset, into)
         self._tally.add(f"{self._mode}_read", len(into))
+
+    def digests(self, offset: int, length: int, chunk: int) -> list[bytes] | None:
+        """See InPlace; counted as read."""
+        if not isinstance(self._access, InPlace):
+            return None
+        found = self._access.digests(offset, length, chunk)
+        if found is not None:
+            self._tally.add(f"{self._mode}_read", length)
+        return found
 
     def write(self, offset: int, data: memoryview) -> None:
         """See MemoryAccess."""

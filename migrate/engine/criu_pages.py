@@ -179,10 +179,6 @@ class PieceAccess:
         self._release = release
         self.size = size
 
-    def view(self, offset: int, length: int) -> memoryview | None:
-        """Always None: the buffer is used again."""
-        return None
-
     def read(self, offset: int, into: memoryview) -> None:
         """See MemoryAccess. EBADF if it is closed."""
         data = self._data

@@ -20,10 +20,6 @@ class ImageFile:
         """To read a file that CRIU wrote. Raises OSError, also for a link."""
         return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), size)
 
-    def view(self, offset: int, length: int) -> memoryview | None:
-        """Always None: it is read where it is needed."""
-        return None
-
     def read(self, offset: int, into: memoryview) -> None:
         """See MemoryAccess. EFAULT where the file has ended."""
         self._check(offset, len(into))

@@ -7,6 +7,7 @@ recognised by its KFD process, handle, address, size and flags.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -17,6 +18,7 @@ from migrate.engine.seam import Blob, CpuRange, Piece
 from migrate.errors import SvmUnsupported
 from migrate.kfd.privdata import PrivateData, decode
 from migrate.kfd.process import Checkpointed, KfdCheckpoint
+from migrate.model import Value
 from migrate.orchestrator.plan import BoKey, ObjectOrder, Share
 
 PAGE = 4096  # bytes, in which the driver counts SVM ranges
@@ -157,3 +159,85 @@ def opened(
             info = ObjectInfo(id=order.object_id, kind=order.kind, size=order.size)
             result.append((info, access))
         yield result
+
+
+def listed(orders: Sequence[ObjectOrder], held: Sequence[Checkpointed]) -> dict[int, int]:
+    """The inode of each BO's dmabuf, by object id.
+
+    A BO is exported as one dmabuf for as long as that lives; one that was freed and made
+    anew at the same place has another.
+    """
+    found = {}
+    for order in orders:
+        assert order.bo is not None
+        fd = held[order.bo.process].dmabufs[order.bo.index]
+        assert fd is not None
+        found[order.object_id] = os.fstat(fd).st_ino
+    return found
+
+
+class _Kept(Value):
+    """A BO that is open: its dmabuf's inode, the dmabuf, and the access."""
+
+    inode: int
+    fd: int
+    access: MemoryAccess
+
+
+class OpenBos:
+    """Access to a process's BOs that outlives a round.
+
+    To map a GiB anew costs a tenth of a second of a core, and the last time that is in the
+    freeze. What is open keeps freed VRAM allocated: see ``holding``. One thread uses it.
+    """
+
+    def __init__(self, vram: VramAccess, tally: VramTally) -> None:
+        self._vram = vram
+        self._tally = tally
+        self._open: dict[int, _Kept] = {}  # by object id
+
+    def open(
+        self, orders: Sequence[ObjectOrder], checkpoints: Sequence[Checkpointed]
+    ) -> list[tuple[ObjectInfo, MemoryAccess]]:
+        """The BOs of *orders*, of which those that were open still are; all others are closed.
+
+        Takes the dmabufs out of *checkpoints*. Raises OSError, MigrationFailed.
+        """
+        inodes = listed(orders, checkpoints)
+        for number in [n for n, kept in self._open.items() if inodes.get(n) != kept.inode]:
+            self.close(number)
+        for order in orders:
+            assert order.bo is not None
+            checkpointed = checkpoints[order.bo.process]
+            fd = checkpointed.dmabufs[order.bo.index]
+            assert fd is not None
+            if order.object_id in self._open:
+                os.close(fd)
+            else:
+                gpu_id = vram_of(checkpointed.checkpoint, order.bo.index)
+                access = self._vram.open(fd, order.size, gpu_id, "read", self._tally)
+                kept = _Kept(inode=inodes[order.object_id], fd=fd, access=access)
+                self._open[order.object_id] = kept
+            checkpointed.dmabufs[order.bo.index] = None
+        return [
+            (
+                ObjectInfo(id=order.object_id, kind=order.kind, size=order.size),
+                self._open[order.object_id].access,
+            )
+            for order in orders
+        ]
+
+    def inodes(self) -> dict[int, int]:
+        """Of the dmabufs that are open, by object id."""
+        return {number: kept.inode for number, kept in self._open.items()}
+
+    def close(self, number: int) -> None:
+        """Let go of one that is open."""
+        kept = self._open.pop(number)
+        kept.access.close()
+        os.close(kept.fd)
+
+    def close_all(self) -> None:
+        """Let go of all. Idempotent."""
+        for number in list(self._open):
+            self.close(number)

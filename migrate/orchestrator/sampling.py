@@ -58,11 +58,6 @@ class Windows:
         self._parts = parts
         self.size = len(parts) * CHUNK
 
-    def view(self, offset: int, length: int) -> memoryview | None:
-        """There is no view across parts."""
-        del offset, length
-        return None
-
     def read(self, offset: int, into: memoryview) -> None:
         """Fill *into* from *offset*. Raises OSError."""
         done = 0

@@ -46,11 +46,11 @@ from migrate.orchestrator.handover import (
     Restarted,
     SourceHandover,
 )
-from migrate.orchestrator.holding import Holding, listed, shortage
+from migrate.orchestrator.holding import Holding, shortage
 from migrate.orchestrator.host import Host
 from migrate.orchestrator.life import INTERVAL, SUSPECT, WINDOW, Look, between, take_look
 from migrate.orchestrator.narrator import Narrator
-from migrate.orchestrator.objects import ObjectTable, lent, opened
+from migrate.orchestrator.objects import ObjectTable, OpenBos, lent, listed
 from migrate.orchestrator.peer import Peer, Reservation
 from migrate.orchestrator.plan import Activity, Move, ObjectOrder, Options, RestoreOrder, Share
 from migrate.orchestrator.rings import pending_packets
@@ -143,6 +143,7 @@ class SourceMigration:
         )
         self.known: Sequence[Report] = ()  # of earlier migrations to the same host
         self._objects = ObjectTable()
+        self._bos = OpenBos(host.vram_access, self.figures.vram)
         self._sent_before: set[int] = set()
         self._before: list[Came] = []  # CPU memory that was sent and still counts
         self._digests: Manifest = {}  # of that
@@ -256,6 +257,7 @@ class SourceMigration:
         if self._sender is not None:
             self._sender.close()
             self._sender = None  # its buffers are large, and this is remembered for long
+        self._bos.close_all()
         state = self.side.machine.state
         if state in (SourceState.GRANTED, SourceState.RELEASING, SourceState.DONE):
             error = None  # what failed on the way did not decide
@@ -383,6 +385,7 @@ class SourceMigration:
     def _precopy_cpu(self) -> None:
         """CPU memory, once. What can't be sent now is sent in the freeze."""
         assert self._sender is not None
+        self._bos.close_all()  # nobody lists them meanwhile
         before = CpuBefore(iter(()), self._objects)
         stats = RoundStats()
         try:
@@ -474,6 +477,7 @@ class SourceMigration:
         self.side.feed(Prepared(token=prepared.token, store_id=prepared.store_id))
         if self.side.answer is not None and self.side.answer.answer is Answer.OWNED:
             self.figures.released(self.side.answer.figures, at=self.side.answered_at)
+            self._bos.close_all()
             self._ask_life()
 
     def _ask_life(self) -> None:
@@ -558,12 +562,11 @@ class SourceMigration:
                 self._hold_back()
             tell(done, total)
 
-        vram = self.host.vram_access
-        with opened(orders, checkpoints, vram, self.figures.vram) as objects:
-            self._drop_gone({info.id for info, _ in objects})
-            if not frozen:
-                holding = self._holding(orders, objects, checkpoints)
-            stats: RoundStats = self._sender.send_round(objects, progress, self.cancel, cpu)
+        objects = self._bos.open(orders, checkpoints)
+        self._drop_gone({info.id for info, _ in objects})
+        if not frozen:
+            holding = self._holding()
+        stats = self._sender.send_round(objects, progress, self.cancel, cpu)
         if holding is not None and holding.dropped:
             self._vram_short = holding.dropped
             self.narrator.say(f"no more live rounds: {holding.dropped}")
@@ -586,12 +589,7 @@ class SourceMigration:
 
         return tell
 
-    def _holding(
-        self,
-        orders: Sequence[ObjectOrder],
-        objects: Sequence[tuple[ObjectInfo, MemoryAccess]],
-        held: Sequence[Checkpointed],
-    ) -> Holding:
+    def _holding(self) -> Holding:
         assert self._sender is not None
         gpus = tuple(self._map().as_dict())
 
@@ -601,13 +599,12 @@ class SourceMigration:
                 return listed(orders, now.checkpoints)
 
         return Holding(
-            orders,
-            objects,
-            held,
+            self._bos.inodes(),
             clock=self.host.clock,
             relist=relist,
             short=lambda: shortage(self.host.vram(), gpus),
             give_up=self._sender.give_up,
+            close=self._bos.close,
         )
 
     def _hold_back(self) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.channel import Channel, MemoryListener, TcpListener, connect_tcp
+from migrate.dataplane.frame import MAX_PAYLOAD
 from migrate.dataplane.memory import BytesAccess, MmapAccess
 from migrate.dataplane.messages import ObjectInfo, ObjectKind
 from migrate.dataplane.receiver import Receiver, Session
@@ -129,6 +130,29 @@ def test_rounds_bring_the_destination_to_the_last_contents(rig: Rig) -> None:
     assert last.changed == CHUNK
     assert place_and_verify(rig.session, sender, 1) == read_all(first)
     assert place_and_verify(rig.session, sender, 2) == read_all(blob)
+
+
+def test_what_the_destination_holds_is_looked_at_and_not_copied(rig: Rig) -> None:
+    class Counted(MmapAccess):
+        """Memory that says how much of it was copied."""
+
+        copied = 0
+
+        def read(self, offset: int, into: memoryview) -> None:
+            super().read(offset, into)
+            self.copied += len(into)
+
+    size = 9 * MIB + 17
+    fd = os.memfd_create("object", os.MFD_CLOEXEC)
+    os.pwrite(fd, os.urandom(2 * MIB) + bytes(MIB) + os.urandom(size - 3 * MIB), 0)
+    data, sender = Counted(fd, size), rig.sender()
+    sender.send_round(objects(data))
+    assert data.copied == size
+    data.write(5 * MIB, memoryview(b"dirty"))
+    again = sender.send_round(objects(data))
+    assert (again.scanned, again.changed, again.unchanged) == (size, CHUNK, size - CHUNK)
+    assert data.copied == size + MAX_PAYLOAD, "one piece differs"
+    assert place_and_verify(rig.session, sender, 1) == os.pread(fd, size, 0)
 
 
 def test_a_chunk_that_became_zero_is_zero_there(rig: Rig) -> None:

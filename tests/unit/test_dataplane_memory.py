@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from migrate.dataplane import sigbus
 from migrate.dataplane.access import MemoryAccess
+from migrate.dataplane.chunks import address_of, digests_of
 from migrate.dataplane.memory import LARGE, BytesAccess, MmapAccess, ProcessMemoryAccess
 
 PIECE = 4 << 20
@@ -120,6 +122,45 @@ def test_writing_to_pages_that_are_gone_is_an_error_too() -> None:
     with pytest.raises(OSError, match="Bad address"):
         access.write(PIECE // 2, memoryview(bytearray(100)))
     access.close()
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, SIZE), (4096, PIECE + 1), (SIZE - 5, 5)])
+def test_digests_are_those_of_what_is_read(offset: int, length: int) -> None:
+    access = MmapAccess(memfd(), SIZE)
+    access.write(0, memoryview(os.urandom(SIZE)))
+    wanted = digests_of(memoryview(read(access, offset, length)), 64 << 10)
+    assert access.digests(offset, length, 64 << 10) == wanted
+    access.write(offset, memoryview(bytes([read(access, offset, 1)[0] ^ 1])))
+    found = access.digests(offset, length, 64 << 10)
+    assert found is not None
+    assert (found[0] != wanted[0], found[1:]) == (True, wanted[1:])
+    with pytest.raises(OSError, match="object of"):
+        access.digests(SIZE, 1, 4096)
+    access.close()
+
+
+def test_what_is_dear_to_read_or_not_there_is_not_looked_at_in_place() -> None:
+    fd = memfd()
+    sparse, slow = MmapAccess(fd, SIZE), OnlyMmap(fd, SIZE, own=False)
+    sparse.write(0, memoryview(b"x"))
+    assert sparse.digests(0, 4096, 4096) is not None
+    assert sparse.digests(0, PIECE, 4096) is None
+    assert os.fstat(fd).st_blocks * 512 == 4096, "holes stay holes"
+    assert slow.digests(0, 4096, 4096) is None
+    slow.close()
+    sparse.close()
+
+
+@pytest.mark.parametrize("chunk", [16 << 10, 256 << 10], ids=["with-gil", "without-gil"])
+def test_pages_that_vanish_under_a_digest_are_an_error_and_no_signal(chunk: int) -> None:
+    fd = memfd()
+    block = mmap.mmap(fd, SIZE)
+    data = memoryview(block)[:PIECE]
+    mapping = sigbus.Mapping(address_of(data), PIECE)
+    os.ftruncate(fd, 4096)
+    with pytest.raises(OSError, match="Bad address"), sigbus.reading(mapping):
+        digests_of(data, chunk)
+    os.close(fd)
 
 
 def test_a_range_of_another_process() -> None:

@@ -9,15 +9,17 @@ from typing import cast
 
 import pytest
 
-from migrate.dataplane.memory import MmapAccess
-from migrate.dataplane.messages import ObjectInfo, ObjectKind
-from migrate.kfd.process import Checkpointed
+from migrate.dataplane.messages import ObjectKind
+from migrate.dataplane.vram import VramAccess, VramMode, VramTally
+from migrate.kfd.process import Checkpointed, KfdCheckpoint
 from migrate.kfd.sysfs import VramUsage
 from migrate.orchestrator.clock import Clock
-from migrate.orchestrator.holding import RELIST, Holding, listed, shortage
+from migrate.orchestrator.holding import RELIST, Holding, shortage
+from migrate.orchestrator.objects import OpenBos
 from migrate.orchestrator.plan import BoKey, ObjectOrder
 
 SIZE = 4096
+NO_VRAM = SimpleNamespace(is_vram=False)
 
 
 class Setting:
@@ -29,30 +31,31 @@ class Setting:
         for fd in self.fds:
             os.ftruncate(fd, SIZE)
         self.orders = [
-            ObjectOrder(object_id=i, kind=ObjectKind.VRAM, size=SIZE, bo=BoKey(process=0, index=i))
+            ObjectOrder(object_id=i, kind=ObjectKind.GTT, size=SIZE, bo=BoKey(process=0, index=i))
             for i in range(3)
         ]
-        self.held = Checkpointed(cast("object", None), [os.dup(fd) for fd in self.fds])  # type: ignore[arg-type]
-        self.access = [
-            MmapAccess(fd, SIZE, own=False) for fd in self.held.dmabufs if fd is not None
-        ]
-        self.exist = listed(self.orders, [self.held])
+        self.bos = OpenBos(VramAccess(VramMode.MMAP, str), VramTally())
+        self.objects = self.bos.open(self.orders, [self.snapshot()])
+        self.exist = self.bos.inodes()
         self.short = ""
         self.given_up: list[int] = []
-        infos = [ObjectInfo(id=o.object_id, kind=o.kind, size=o.size) for o in self.orders]
         self.holding = Holding(
-            self.orders,
-            list(zip(infos, self.access, strict=True)),
-            [self.held],
+            self.bos.inodes(),
             clock=cast(Clock, SimpleNamespace(monotonic=lambda: self.now)),
             relist=lambda: self.exist,
             short=lambda: self.short,
             give_up=self.given_up.append,
+            close=self.bos.close,
         )
+
+    def snapshot(self) -> Checkpointed:
+        """Dmabufs of the buffers as they are now."""
+        checkpoint = cast("KfdCheckpoint", SimpleNamespace(devices=(), bos=[NO_VRAM] * 3))
+        return Checkpointed(checkpoint, [os.dup(fd) for fd in self.fds])
 
     def readable(self, index: int) -> bool:
         try:
-            self.access[index].read(0, memoryview(bytearray(8)))
+            self.objects[index][1].read(0, memoryview(bytearray(8)))
         except OSError as error:
             if error.errno != errno.EBADF:
                 raise
@@ -60,7 +63,7 @@ class Setting:
         return True
 
     def held_now(self) -> list[bool]:
-        return [fd is not None for fd in self.held.dmabufs]
+        return [number in self.bos.inodes() for number in range(3)]
 
 
 @pytest.fixture
@@ -115,3 +118,42 @@ def test_only_gpus_of_the_process_count() -> None:
 
 def test_a_listing_is_asked_for_at_least_every_two_seconds() -> None:
     assert RELIST <= 2.0
+
+
+def test_what_is_open_stays_open_for_the_next_round(setting: Setting) -> None:
+    before = open_files()
+    again = setting.snapshot()
+    objects = setting.bos.open(setting.orders, [again])
+    assert [access for _, access in objects] == [access for _, access in setting.objects]
+    assert again.dmabufs == [None] * 3, "they are taken, and closed"
+    assert open_files() == before
+    assert all(setting.readable(i) for i in range(3))
+
+
+def test_a_buffer_made_anew_is_opened_anew_and_one_that_is_gone_is_closed(
+    setting: Setting,
+) -> None:
+    os.close(setting.fds[1])
+    setting.fds[1] = os.memfd_create("another", os.MFD_CLOEXEC)
+    os.pwrite(setting.fds[1], bytes([7]) * SIZE, 0)
+    objects = {
+        info.id: access
+        for info, access in setting.bos.open(setting.orders[:2], [setting.snapshot()])
+    }
+    found = bytearray(1)
+    objects[1].read(0, memoryview(found))
+    assert found == b"\7"
+    assert [setting.readable(i) for i in range(3)] == [True, False, False]
+    assert setting.held_now() == [True, True, False]
+
+
+def test_nothing_stays_open_at_the_end(setting: Setting) -> None:
+    before = open_files()
+    setting.bos.close_all()
+    setting.bos.close_all()
+    assert open_files() == before - 3
+    assert setting.held_now() == [False] * 3
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))

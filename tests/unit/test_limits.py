@@ -25,7 +25,8 @@ for line in open("/proc/self/maps"):
 
 def _where_a_buffer_lies(*, apart: bool) -> str:
     script = _LATER_BUFFER.format(apart=apart)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
     return done.stdout.strip()
 
 

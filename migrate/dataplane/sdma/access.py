@@ -31,10 +31,6 @@ class SdmaAccess:
             self._list = stack.enter_context(card.listed(self._buffer))
             self._stack = stack.pop_all()
 
-    def view(self, offset: int, length: int) -> memoryview | None:
-        """Always None: the CPU does not look into VRAM itself."""
-        return None
-
     def read(self, offset: int, into: memoryview) -> None:
         """See MemoryAccess. ECANCELED if the engine refused or failed."""
         check_bounds(self.size, offset, len(into))

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import sys
+from pathlib import Path
 
 import msgspec
 
@@ -16,6 +18,7 @@ from migrate import inventory
 from migrate.cli.following import follow
 from migrate.cli.output import Output
 from migrate.cli.run import start
+from migrate.errors import NoSuchProcess, NotKfdProcess
 from migrate.model import Value
 from migrate.orchestrator.plan import Options
 from migrate.status import Status
@@ -25,6 +28,7 @@ STEPS = 700
 VRAM = 16 << 20
 JOB_TIMEOUT = 120.0  # seconds
 GPU_TIME = 2000  # microseconds that each step keeps the GPUs busy, so that packets wait
+ATTEMPTS = 3  # more for a job that ended by itself before its migration began
 WINDOW = (3, 120)  # steps between which a migration starts
 
 
@@ -84,12 +88,19 @@ def _start(cluster: Cluster, name: str) -> tuple[str, int]:
 
 
 def _one(cluster: Cluster, number: int, step: int) -> Moment:
-    name, pid = _start(cluster, f"moment-{number}")
-    log = cluster.folder / f"{name}.log"
-    wait_until(lambda: steps_logged(log) >= step, JOB_TIMEOUT, f"step {step}")
-    hosts = inventory.load(cluster.inventory)
-    output = Output()
-    report = follow(hosts, "a", start(hosts, "a", "b", pid, Options(max_rounds=1), ""), output)
+    for attempt in itertools.count():
+        name, pid = _start(cluster, f"moment-{number}-{attempt}")
+        log = cluster.folder / f"{name}.log"
+        wait_until(lambda log=log: steps_logged(log) >= step, JOB_TIMEOUT, f"step {step}")
+        hosts = inventory.load(cluster.inventory)
+        try:
+            migration = start(hosts, "a", "b", pid, Options(max_rounds=1), "")
+        except (NotKfdProcess, NoSuchProcess):
+            if attempt == ATTEMPTS or not _path(cluster, name).exists():
+                raise
+            continue  # on a busy machine a job can be over before it is asked for
+        break
+    report = follow(hosts, "a", migration, Output())
     return Moment(
         step=step,
         status=report.status,
@@ -100,10 +111,14 @@ def _one(cluster: Cluster, number: int, step: int) -> Moment:
 
 
 def _result(cluster: Cluster, job: tuple[str, int]) -> str:
-    path = cluster.folder / f"{job[0]}.json"
+    path = _path(cluster, job[0])
     wait_until(path.exists, JOB_TIMEOUT, f"the result of {job[0]}")
     digest: str = json.loads(path.read_text())["digest"]
     return digest
+
+
+def _path(cluster: Cluster, name: str) -> Path:
+    return cluster.folder / f"{name}.json"
 
 
 def main() -> int:

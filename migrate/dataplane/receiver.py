@@ -119,7 +119,8 @@ class _Connection:
     ) -> None:
         self.channel = channel
         self.ended = threading.Event()
-        self._intake: Intake | None = None
+        self._intake: Intake | None = None  # while it runs: its buffers are large
+        self._placed = 0  # by it, once it has ended
         self._receiver = receiver
         self._aead = aead
         self._known = known
@@ -130,7 +131,8 @@ class _Connection:
 
     @property
     def placed(self) -> int:
-        return 0 if self._intake is None else self._intake.placed
+        intake = self._intake
+        return self._placed if intake is None else intake.placed
 
     def _run(self) -> None:
         session: Session | None = None
@@ -150,6 +152,8 @@ class _Connection:
             _log.exception("data connection dropped by a bug")
         finally:
             self.channel.close()
+            self._placed = self.placed
+            self._intake = None  # the session remembers its connections
             self.ended.set()
             self._receiver._gone(self)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -13,6 +15,7 @@ import pytest
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.channel import Channel, MemoryListener, TcpListener, connect_tcp
 from migrate.dataplane.frame import MAX_PAYLOAD
+from migrate.dataplane.intake import Intake
 from migrate.dataplane.memory import BytesAccess, MmapAccess
 from migrate.dataplane.messages import ObjectInfo, ObjectKind
 from migrate.dataplane.receiver import Receiver, Session
@@ -339,6 +342,23 @@ def test_an_epoch_that_comes_again_is_refused(rig: Rig) -> None:
     with pytest.raises(StreamBroken):
         rig.sender(streams=1, reconnect_timeout=0.3).send_round(objects(data))
     assert rig.session.staging.get(1).table.known == b"\1" * 16
+
+
+def test_a_connection_that_ended_keeps_no_buffers(rig: Rig) -> None:
+    sender = rig.sender()
+    sender.send_round(objects(memfd(MIB, os.urandom(MIB))))
+    assert intakes(), "the test sees none"
+    sender.close()
+    deadline = time.monotonic() + 20
+    while intakes():
+        assert time.monotonic() < deadline, "the session, which is remembered, holds them"
+        time.sleep(0.01)
+    assert rig.session.staging.get(1).table.known
+
+
+def intakes() -> int:
+    gc.collect()
+    return sum(isinstance(one, Intake) for one in gc.get_objects())
 
 
 def test_undeclared_objects_are_refused(rig: Rig) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from migrate.kfd.sysfs import VramUsage
 from migrate.orchestrator.clock import Clock
+from migrate.orchestrator.sharing import Place
 
 RELIST = 1.0  # seconds; a listing takes milliseconds, and the process stands meanwhile
 RESERVE = 1 / 64  # of a GPU's VRAM
@@ -22,16 +23,16 @@ class Holding:
 
     def __init__(
         self,
-        held: Mapping[int, int],
+        held: Mapping[int, Place],
         *,
         clock: Clock,
-        relist: Callable[[], Mapping[int, int]],
+        relist: Callable[[], Mapping[int, Place]],
         short: Callable[[], str],
         give_up: Callable[[int], None],
         close: Callable[[int], None],
     ) -> None:
-        """*held*: inodes of the dmabufs, by object id; *relist*: those that exist now, see
-        ``listed``. *short*: why VRAM is, or nothing.
+        """*held*: the buffers, by object id; *relist*: those that exist now, see
+        ``objects.buffers``. *short*: why VRAM is, or nothing.
 
         *give_up* is told of each object before *close* is.
         """
@@ -54,7 +55,7 @@ class Holding:
             self._let_go(set(self._held))
         elif self._clock.monotonic() >= self._next:
             now = self._relist()
-            self._let_go({n for n, inode in self._held.items() if now.get(n) != inode})
+            self._let_go({n for n, buffer in self._held.items() if now.get(n) != buffer})
             self._next = self._clock.monotonic() + RELIST
 
     def _let_go(self, gone: set[int]) -> None:

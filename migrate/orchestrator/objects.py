@@ -20,6 +20,7 @@ from migrate.kfd.privdata import PrivateData, decode
 from migrate.kfd.process import Checkpointed, KfdCheckpoint
 from migrate.model import Value
 from migrate.orchestrator.plan import BoKey, ObjectOrder, Share
+from migrate.orchestrator.sharing import Place, places
 
 PAGE = 4096  # bytes, in which the driver counts SVM ranges
 
@@ -161,25 +162,25 @@ def opened(
         yield result
 
 
-def listed(orders: Sequence[ObjectOrder], held: Sequence[Checkpointed]) -> dict[int, int]:
-    """The inode of each BO's dmabuf, by object id.
+def buffers(orders: Sequence[ObjectOrder], checkpoints: Sequence[Checkpointed]) -> dict[int, Place]:
+    """Which buffer each BO is, by object id: its place in its render node's file.
 
-    A BO is exported as one dmabuf for as long as that lives; one that was freed and made
-    anew at the same place has another.
+    The kernel gives the place to the buffer itself, and to no other one while that lives, which
+    a dmabuf of ours makes it do (``drm_vma_node``). The dmabuf's inode would not tell: Linux 6.1
+    exports a new one at each checkpoint.
     """
-    found = {}
-    for order in orders:
-        assert order.bo is not None
-        fd = held[order.bo.process].dmabufs[order.bo.index]
-        assert fd is not None
-        found[order.object_id] = os.fstat(fd).st_ino
-    return found
+    found = {
+        BoKey(process=number, index=index): place
+        for number, one in enumerate(checkpoints)
+        for index, place in places(one.checkpoint)
+    }
+    return {order.object_id: found[order.bo] for order in orders if order.bo is not None}
 
 
 class _Kept(Value):
-    """A BO that is open: its dmabuf's inode, the dmabuf, and the access."""
+    """A BO that is open: which buffer that is, a dmabuf of it, and the access."""
 
-    inode: int
+    buffer: Place
     fd: int
     access: MemoryAccess
 
@@ -203,8 +204,8 @@ class OpenBos:
 
         Takes the dmabufs out of *checkpoints*. Raises OSError, MigrationFailed.
         """
-        inodes = listed(orders, checkpoints)
-        for number in [n for n, kept in self._open.items() if inodes.get(n) != kept.inode]:
+        now = buffers(orders, checkpoints)
+        for number in [n for n, kept in self._open.items() if now.get(n) != kept.buffer]:
             self.close(number)
         for order in orders:
             assert order.bo is not None
@@ -216,7 +217,7 @@ class OpenBos:
             else:
                 gpu_id = vram_of(checkpointed.checkpoint, order.bo.index)
                 access = self._vram.open(fd, order.size, gpu_id, "read", self._tally)
-                kept = _Kept(inode=inodes[order.object_id], fd=fd, access=access)
+                kept = _Kept(buffer=now[order.object_id], fd=fd, access=access)
                 self._open[order.object_id] = kept
             checkpointed.dmabufs[order.bo.index] = None
         return [
@@ -227,9 +228,9 @@ class OpenBos:
             for order in orders
         ]
 
-    def inodes(self) -> dict[int, int]:
-        """Of the dmabufs that are open, by object id."""
-        return {number: kept.inode for number, kept in self._open.items()}
+    def buffers(self) -> dict[int, Place]:
+        """Which buffers are open, by object id."""
+        return {number: kept.buffer for number, kept in self._open.items()}
 
     def close(self, number: int) -> None:
         """Let go of one that is open."""

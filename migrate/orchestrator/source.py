@@ -50,11 +50,11 @@ from migrate.orchestrator.holding import Holding, shortage
 from migrate.orchestrator.host import Host
 from migrate.orchestrator.life import INTERVAL, SUSPECT, WINDOW, Look, between, take_look
 from migrate.orchestrator.narrator import Narrator
-from migrate.orchestrator.objects import ObjectTable, OpenBos, lent, listed
+from migrate.orchestrator.objects import ObjectTable, OpenBos, buffers, lent
 from migrate.orchestrator.peer import Peer, Reservation
 from migrate.orchestrator.plan import Activity, Move, ObjectOrder, Options, RestoreOrder, Share
 from migrate.orchestrator.rings import pending_packets
-from migrate.orchestrator.sharing import let_go, shares
+from migrate.orchestrator.sharing import Place, let_go, shares
 from migrate.orchestrator.source_handover import (
     SourceSide,
     given_back,
@@ -593,13 +593,13 @@ class SourceMigration:
         assert self._sender is not None
         gpus = tuple(self._map().as_dict())
 
-        def relist() -> dict[int, int]:
+        def relist() -> dict[int, Place]:
             with self._snapshot() as now:
                 orders, _ = self._bo_orders(now.checkpoints)
-                return listed(orders, now.checkpoints)
+                return buffers(orders, now.checkpoints)
 
         return Holding(
-            self._bos.inodes(),
+            self._bos.buffers(),
             clock=self.host.clock,
             relist=relist,
             short=lambda: shortage(self.host.vram(), gpus),

@@ -17,9 +17,10 @@ from migrate.orchestrator.clock import Clock
 from migrate.orchestrator.holding import RELIST, Holding, shortage
 from migrate.orchestrator.objects import OpenBos
 from migrate.orchestrator.plan import BoKey, ObjectOrder
+from migrate.orchestrator.sharing import Place
 
 SIZE = 4096
-NO_VRAM = SimpleNamespace(is_vram=False)
+GPU = SimpleNamespace(user_gpu_id=7, actual_gpu_id=7)
 
 
 class Setting:
@@ -27,6 +28,7 @@ class Setting:
 
     def __init__(self) -> None:
         self.now = 100.0
+        self.offsets = [0x1000, 0x2000, 0x3000]  # in the render node's file
         self.fds = [os.memfd_create(f"bo{i}", os.MFD_CLOEXEC) for i in range(3)]
         for fd in self.fds:
             os.ftruncate(fd, SIZE)
@@ -36,11 +38,11 @@ class Setting:
         ]
         self.bos = OpenBos(VramAccess(VramMode.MMAP, str), VramTally())
         self.objects = self.bos.open(self.orders, [self.snapshot()])
-        self.exist = self.bos.inodes()
+        self.exist = self.bos.buffers()
         self.short = ""
         self.given_up: list[int] = []
         self.holding = Holding(
-            self.bos.inodes(),
+            self.bos.buffers(),
             clock=cast(Clock, SimpleNamespace(monotonic=lambda: self.now)),
             relist=lambda: self.exist,
             short=lambda: self.short,
@@ -50,7 +52,11 @@ class Setting:
 
     def snapshot(self) -> Checkpointed:
         """Dmabufs of the buffers as they are now."""
-        checkpoint = cast("KfdCheckpoint", SimpleNamespace(devices=(), bos=[NO_VRAM] * 3))
+        bos = [
+            SimpleNamespace(gpu_id=7, offset=offset, size=SIZE, has_contents=True, is_vram=False)
+            for offset in self.offsets
+        ]
+        checkpoint = cast("KfdCheckpoint", SimpleNamespace(devices=(GPU,), bos=bos))
         return Checkpointed(checkpoint, [os.dup(fd) for fd in self.fds])
 
     def readable(self, index: int) -> bool:
@@ -63,7 +69,7 @@ class Setting:
         return True
 
     def held_now(self) -> list[bool]:
-        return [number in self.bos.inodes() for number in range(3)]
+        return [number in self.bos.buffers() for number in range(3)]
 
 
 @pytest.fixture
@@ -84,7 +90,7 @@ def test_what_was_freed_is_let_go_at_the_next_listing(setting: Setting) -> None:
 
 
 def test_a_buffer_made_anew_at_the_same_place_is_another_one(setting: Setting) -> None:
-    setting.exist[2] += 1  # the inode of its dmabuf
+    setting.exist[2] = Place(gpu_id=7, offset=0x9000, size=SIZE)
     setting.now += RELIST
     setting.holding.tick()
     assert setting.held_now() == [True, True, False]
@@ -121,7 +127,8 @@ def test_a_listing_is_asked_for_at_least_every_two_seconds() -> None:
 
 
 def test_what_is_open_stays_open_for_the_next_round(setting: Setting) -> None:
-    before = open_files()
+    setting.fds = [os.memfd_create("exported-anew", os.MFD_CLOEXEC) for _ in range(3)]
+    before = open_files()  # Linux 6.1 exports a dmabuf of its own at each checkpoint
     again = setting.snapshot()
     objects = setting.bos.open(setting.orders, [again])
     assert [access for _, access in objects] == [access for _, access in setting.objects]
@@ -134,6 +141,7 @@ def test_a_buffer_made_anew_is_opened_anew_and_one_that_is_gone_is_closed(
     setting: Setting,
 ) -> None:
     os.close(setting.fds[1])
+    setting.offsets[1] = 0x9000
     setting.fds[1] = os.memfd_create("another", os.MFD_CLOEXEC)
     os.pwrite(setting.fds[1], bytes([7]) * SIZE, 0)
     objects = {

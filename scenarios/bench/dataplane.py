@@ -269,6 +269,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--links", nargs="*", type=float, default=[0, 1, 5, 10, 25], help="Gbit/s")
     parser.add_argument("--folder", type=Path, help="where tables and plots go (docs/benchmarks)")
     options = parser.parse_args(arguments)
+    if options.only != "rivals" and "weights" in options.kinds and not any(data.weights()):
+        parser.error("the weights are not installed: `make .venv/.weights`, or leave them out")
     size = options.size << 20
     result: dict[str, Any] = {
         "commit": commit(),

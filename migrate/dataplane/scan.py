@@ -89,11 +89,14 @@ class SpanScan:
             return False
         with named(source.info, offset):
             parts = self._access.digests(offset, length, chunk)
-        found = b"".join(parts or ())
-        if source.held.export(first, count) != b"\1" * count + found:
+        if parts is None:
+            return False
+        found = b"".join(parts)
+        differs = source.held.differing(first, found)
+        if any(differs):
             return False
         source.seen.set_run(first, found)
-        self._count(offset, length, [False] * count, [False] * count, plain=False)
+        self._count(offset, length, differs, [False] * count, plain=False)
         if self._zero_from < 0:
             self._done = offset + length
         return True

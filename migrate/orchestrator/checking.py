@@ -30,7 +30,7 @@ from migrate.model import GpuMap, Value
 from migrate.orchestrator import preflight, sampling
 from migrate.orchestrator.estimate import Known, estimate
 from migrate.orchestrator.host import Host
-from migrate.orchestrator.objects import ObjectTable, opened
+from migrate.orchestrator.objects import ObjectTable, OpenBos
 from migrate.orchestrator.peer import Examined, Peer
 from migrate.orchestrator.plan import Move, Needs, Options, Share
 from migrate.orchestrator.sampling import MAX_SAMPLE, Sample
@@ -254,8 +254,10 @@ class Examination:
                 for number, one in enumerate(checkpoints)
                 for order in table.bos(number, one.checkpoint, self._shares)
             ]
-            with opened(orders, checkpoints, self._host.vram_access) as objects:
-                memory = [access for _, access in objects]
+            with ExitStack() as stack:
+                bos = OpenBos(self._host.vram_access)
+                stack.callback(bos.close_all)
+                memory = [access for _, access in bos.open(orders, checkpoints)]
                 sample = sampling.take(examined.session, memory, self._options.streams, patience)
         except MigrateError as error:
             self._block(error)

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.messages import ObjectInfo, ObjectKind
-from migrate.dataplane.vram import VramAccess
 from migrate.engine.seam import CpuImage, Piece, ProcessEngine
 from migrate.errors import MigrateError
 from migrate.model import ProcessRef
@@ -53,7 +52,6 @@ class CpuSide:
         process: ProcessRef,
         image: CpuImage,
         table: ObjectTable,
-        vram: VramAccess,
         before: Sequence[Came] = (),
     ) -> None:
         self.image = image
@@ -62,7 +60,6 @@ class CpuSide:
         self._engine = engine
         self._process = process
         self._table = table
-        self._vram = vram
         self._before = before
         self._open = ExitStack()
 
@@ -97,8 +94,6 @@ class CpuSide:
         yield from self._open.enter_context(
             opened(
                 rest,
-                (),
-                self._vram,
                 cpu=lambda wanted: self._engine.memory(self._process, wanted),
                 blob=lambda wanted: self._engine.blob(self._process, wanted),
             )

@@ -132,29 +132,17 @@ def vram_of(checkpoint: KfdCheckpoint, index: int) -> int | None:
 @contextmanager
 def opened(
     orders: Sequence[ObjectOrder],
-    checkpoints: Sequence[Checkpointed],
-    vram: VramAccess,
-    tally: VramTally | None = None,
-    cpu: Callable[[CpuRange], MemoryAccess] | None = None,
-    blob: Callable[[Blob], MemoryAccess] | None = None,
+    cpu: Callable[[CpuRange], MemoryAccess],
+    blob: Callable[[Blob], MemoryAccess],
 ) -> Iterator[list[tuple[ObjectInfo, MemoryAccess]]]:
-    """The objects with access to their memory, closed at the end."""
+    """CPU ranges and blobs with access to their memory, closed at the end."""
     with ExitStack() as stack:
         result: list[tuple[ObjectInfo, MemoryAccess]] = []
         for order in orders:
-            access: MemoryAccess
-            if order.bo is not None:
-                checkpointed = checkpoints[order.bo.process]
-                fd = checkpointed.dmabufs[order.bo.index]
-                assert fd is not None
-                gpu_id = vram_of(checkpointed.checkpoint, order.bo.index)
-                access = vram.open(fd, order.size, gpu_id, "read", tally)
-            elif order.blob is not None:
-                assert blob is not None
+            if order.blob is not None:
                 access = blob(order.blob)
             else:
                 assert order.cpu is not None
-                assert cpu is not None
                 access = cpu(order.cpu)
             stack.callback(access.close)
             info = ObjectInfo(id=order.object_id, kind=order.kind, size=order.size)
@@ -192,7 +180,7 @@ class OpenBos:
     freeze. What is open keeps freed VRAM allocated: see ``holding``. One thread uses it.
     """
 
-    def __init__(self, vram: VramAccess, tally: VramTally) -> None:
+    def __init__(self, vram: VramAccess, tally: VramTally | None = None) -> None:
         self._vram = vram
         self._tally = tally
         self._open: dict[int, _Kept] = {}  # by object id

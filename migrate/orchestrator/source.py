@@ -526,8 +526,7 @@ class SourceMigration:
         """The last delta of the BOs, and the CPU side while the engine writes it."""
         orders, imports = self._bo_orders(stopped)
         engine = self.host.engine
-        vram = self.host.vram_access
-        cpu = CpuSide(engine, self.process, image, self._objects, vram, self._before)
+        cpu = CpuSide(engine, self.process, image, self._objects, self._before)
         try:
             self._send_round(orders, stopped, frozen=True, cpu=cpu)
         finally:

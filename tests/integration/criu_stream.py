@@ -23,7 +23,6 @@ from migrate.dataplane.channel import TcpListener, connect_tcp
 from migrate.dataplane.memory import PartAccess
 from migrate.dataplane.receiver import Receiver
 from migrate.dataplane.sender import Sender
-from migrate.dataplane.vram import VramAccess, VramMode
 from migrate.engine import cgroup, procfs
 from migrate.engine.criu import CriuEngine
 from migrate.engine.seam import CpuImage
@@ -135,7 +134,7 @@ def source(folder: Path, criu: str, pid: int, port: int) -> None:
                 del digests[info.id]
 
     engine.dump(process, visit)
-    cpu = CpuSide(engine, process, image, table, VramAccess(VramMode.AUTO, str), before)
+    cpu = CpuSide(engine, process, image, table, before)
     stats = sender.send_round([], None, None, cpu)
     digests |= sender.manifest()
     cpu.close()

@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 PR_SET_CHILD_SUBREAPER = 36
-STEPS = 600
 
 
 @dataclass
@@ -104,7 +103,8 @@ def test_deploy_and_move_and_deploy_again_and_remove(site: Site) -> None:
     assert not list(site.cluster.folder.glob("ca/a.key"))  # it was made there and stayed there
     assert site.servers.log("a").count("Accepted publickey") >= 2  # the second on the way to b
 
-    job = start_job(site.cluster, "a", "moved", steps=STEPS, pace=0.2)
+    end = site.cluster.folder / "moved.end"
+    job = start_job(site.cluster, "a", "moved", options=("--until", str(end)))
     moved = migrate(site.cluster, "run", "a", "b", str(job.pid), inventory=site.inventory)
     assert moved.code == 0, moved.document
     copy = moved.report.destination.pid
@@ -123,8 +123,10 @@ def test_deploy_and_move_and_deploy_again_and_remove(site: Site) -> None:
     assert Path(f"/proc/{copy}").exists()
     with Client(site.inventory) as client:
         assert [row.pid for row in client.processes("b")] == [copy]
-    twin = twin_digest(site.cluster.folder, STEPS, site.cluster.hosts["a"].root)
-    assert job.result()["digest"] == twin
+    end.touch()
+    result = job.result()
+    twin = twin_digest(site.cluster.folder, result["steps"], site.cluster.hosts["a"].root)
+    assert (result["pids"], result["digest"]) == ([job.pid, copy], twin)
 
     removed = site.deploy("--remove", "--purge")
     assert removed.code == 0, removed.document

@@ -6,6 +6,7 @@ or a blob of the process engine. The data plane knows nothing else of it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
 Buffer = bytes | bytearray | memoryview
@@ -32,8 +33,13 @@ class MemoryAccess(Protocol):
 class InPlace(Protocol):
     """What some accesses can besides: memory that is cheap to read is looked at where it lies."""
 
-    def digests(self, offset: int, length: int, chunk: int) -> list[bytes] | None:
-        """The digest of each *chunk* of a range as it is now, or None: it has to be read.
+    def lend(self, offset: int, length: int) -> AbstractContextManager[memoryview | None]:
+        """A range as it lies in memory, to be read only; None: it has to be copied by ``read``.
 
-        Raises OSError.
+        It changes as the memory does. Touch it by code that holds no lock but the GIL. Raises
+        MemoryGone, also at its end: whatever was made of the bytes is to be thrown away then.
         """
+
+
+class MemoryGone(OSError):
+    """An object, or pages of it, are gone for good, or were never there to be mapped."""

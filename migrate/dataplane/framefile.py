@@ -120,8 +120,13 @@ class FileSender:
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
         coming: Coming | None = None,
+        *,
+        still: bool = False,
     ) -> RoundStats:
-        """As ``Sender.send_round``; what it returns for is written, not yet durable."""
+        """As ``Sender.send_round``; what it returns for is written, not yet durable.
+
+        *still* is not relied on: nobody would notice before the image is restored.
+        """
         began = time.monotonic()
         sources, forget = self._book.begin(objects)
         stop = cancel or threading.Event()

@@ -20,12 +20,12 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from migrate import process_vm
 from migrate.dataplane import sigbus
-from migrate.dataplane.access import Buffer, MemoryAccess
-from migrate.dataplane.chunks import address_of, digests_of
+from migrate.dataplane.access import Buffer, MemoryAccess, MemoryGone
+from migrate.dataplane.chunks import address_of
 
 LARGE = 64 << 20  # bytes; to unmap a GiB of filled page tables takes 40 ms
 
@@ -139,10 +139,13 @@ class MmapAccess:
     """A BO through its dmabuf, or any memfd or file. Owns *fd* if *own* is true.
 
     ``offset`` is where the object starts in the file, in bytes: 0 for a dmabuf. It is mapped
-    whole at the first read, until ``close``.
+    whole at the first read, until ``close``. ``cached``: of a dmabuf, whether its mapping is
+    ordinary cached memory; a file's always is.
     """
 
-    def __init__(self, fd: int, size: int, *, offset: int = 0, own: bool = True) -> None:
+    def __init__(
+        self, fd: int, size: int, *, offset: int = 0, own: bool = True, cached: bool = False
+    ) -> None:
         self._fd = fd
         self._own = own
         self._base = offset
@@ -155,6 +158,7 @@ class MmapAccess:
         self._users = 0  # copies under way
         self._writing = threading.Lock()  # of the file: see _file_write
         self.by_file = self._readable()  # whether it is written by pwrite
+        self._cached = cached or self.by_file
 
     def _readable(self) -> bool:
         try:
@@ -174,20 +178,20 @@ class MmapAccess:
             else:
                 self._file_read(offset, into)
 
-    def digests(self, offset: int, length: int, chunk: int) -> list[bytes] | None:
-        """See InPlace. None of a dmabuf, which may be slow to read, and of holes.
-
-        EFAULT if the object's pages are gone, then and for good.
-        """
+    @contextmanager
+    def lend(self, offset: int, length: int) -> Iterator[memoryview | None]:
+        """See InPlace. None of what is slow to read, and of holes."""
         check_bounds(self.size, offset, length)
-        if not self.by_file:
-            return None
+        if not self._cached or not length:
+            yield None
+            return
         with self._using() as mapping:
-            start = mapping.start + offset
-            if self._map is None or not _is_present(start, length):
-                return None
+            if self.by_file and not _is_present(mapping.start + offset, length):
+                yield None
+                return
+            assert self._map is not None
             with sigbus.reading(mapping), memoryview(self._map)[offset : offset + length] as data:
-                return digests_of(data, chunk)
+                yield data
 
     def write(self, offset: int, data: memoryview) -> None:
         """See MemoryAccess. EFAULT if the object's pages are gone, then and for good."""
@@ -207,7 +211,8 @@ class MmapAccess:
     def close(self) -> None:
         """See MemoryAccess. Idempotent; other threads' copies end first, new ones fail.
 
-        A large mapping is given back a moment later, by a thread of its own: nobody waits for it.
+        A large mapping is given back a moment later, by a thread of its own: nobody waits for it;
+        one that an error's traceback still has a view of, when that is gone.
         """
         with self._idle:
             if self._closed:
@@ -217,9 +222,9 @@ class MmapAccess:
                 self._idle.wait()
             gone, self._map, self._mapping = self._map, None, None
         if gone is not None and self.size >= LARGE:
-            threading.Thread(target=gone.close, name="unmap").start()
+            threading.Thread(target=_unmap, args=(gone,), name="unmap").start()
         elif gone is not None:
-            gone.close()
+            _unmap(gone)
         if self._own:
             os.close(self._fd)
 
@@ -238,13 +243,15 @@ class MmapAccess:
     def _begin(self) -> sigbus.Mapping:
         with self._lock:
             if self._closed:
-                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+                raise MemoryGone(errno.EBADF, os.strerror(errno.EBADF))
             if self._mapping is None:
                 try:
                     self._map = mmap.mmap(self._fd, self.size, offset=self._base)
                 except ValueError as error:  # Python looks at a file's size before it maps
                     message = f"Bad address: the object shrank: {error}"
-                    raise OSError(errno.EFAULT, message) from error
+                    raise MemoryGone(errno.EFAULT, message) from error
+                except OSError as error:
+                    raise MemoryGone(error.errno, f"can't be mapped: {error.strerror}") from error
                 pages = -(-self.size // mmap.PAGESIZE) * mmap.PAGESIZE
                 self._mapping = sigbus.Mapping(address_of(memoryview(self._map)), pages)
             self._users += 1
@@ -265,6 +272,11 @@ class MmapAccess:
             done = 0
             while done < len(data):
                 done += os.pwrite(self._fd, data[done:], self._base + offset + done)
+
+
+def _unmap(block: mmap.mmap) -> None:
+    with suppress(BufferError):
+        block.close()
 
 
 def _fill_page_table(address: int, length: int) -> None:

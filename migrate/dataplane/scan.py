@@ -3,7 +3,8 @@
 Live memory changes under us: a piece is copied once to a private buffer, and that copy is
 what is hashed and what is sent, so a digest is always one of the very bytes it travels with.
 Where the destination holds something already, memory that is cheap to read is looked at first
-where it lies, and copied only if it differs.
+where it lies, and copied only if it differs. In a round over memory that stands still it is
+not copied at all; should it change all the same, the destination refuses what fails its digest.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from itertools import repeat
 from typing import Protocol
 
-from migrate.dataplane.access import InPlace, MemoryAccess
+from migrate.dataplane.access import InPlace, MemoryAccess, MemoryGone
 from migrate.dataplane.chunks import DIGEST_SIZE, chunk_count, digests_of, zero_digest
 from migrate.dataplane.source import Round, SourceObject, Span, named, read
 from migrate.errors import MigrationFailed
@@ -69,28 +70,41 @@ class SpanScan:
         for offset in range(self._span.offset, self._end, len(buffer)):
             piece = buffer[: min(len(buffer), self._end - offset)]
             try:
-                kept = self._is_kept(offset, len(piece))
-                if not kept:
-                    read(self._source.info, self._access, offset, piece)
+                if self._is_done_in_place(offset, len(piece)):
+                    continue
+                read(self._source.info, self._access, offset, piece)
             except MigrationFailed:
                 if self._source.info.id not in self._sink.round.gone:
                     raise
                 self._done = self._end  # nothing more of it, and nothing to do again
                 break
-            if not kept:
-                self._piece(offset, piece)
+            self._piece(offset, piece)
         self._flush_zeros()
 
-    def _is_kept(self, offset: int, length: int) -> bool:
-        """Whether the destination holds all of a piece as it is, seen without a copy."""
-        source, chunk = self._source, self._source.info.chunk
+    def _is_done_in_place(self, offset: int, length: int) -> bool:
+        """Do what there is to do for a piece without a copy of it, if that can be."""
+        still, access = self._sink.round.still, self._access
+        if not isinstance(access, InPlace) or not (still or self._is_held(offset, length)):
+            return False
+        with named(self._source.info, offset, MemoryGone), access.lend(offset, length) as data:
+            if data is None:
+                return False
+            if not still:
+                return self._is_kept(offset, data)
+            self._piece(offset, data)
+            return True
+
+    def _is_held(self, offset: int, length: int) -> bool:
+        """Whether the destination holds something of all chunks of a piece."""
+        chunk = self._source.info.chunk
         first, count = offset // chunk, chunk_count(length, chunk)
-        if not isinstance(self._access, InPlace) or 0 in source.held.known[first : first + count]:
-            return False
-        with named(source.info, offset):
-            parts = self._access.digests(offset, length, chunk)
-        if parts is None:
-            return False
+        return 0 not in self._source.held.known[first : first + count]
+
+    def _is_kept(self, offset: int, data: memoryview) -> bool:
+        """Whether the destination holds all of a piece as it is."""
+        source, chunk, length = self._source, self._source.info.chunk, len(data)
+        first, count = offset // chunk, chunk_count(length, chunk)
+        parts = digests_of(data, chunk)
         found = b"".join(parts)
         differs = source.held.differing(first, found)
         if any(differs):

@@ -87,8 +87,13 @@ class Sender:
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
         coming: Coming | None = None,
+        *,
+        still: bool = False,
     ) -> RoundStats:
         """Bring the destination's staging to what the objects hold now.
+
+        *still*: nothing writes to them meanwhile, so that what is cheap to read is not copied
+        before it is hashed and sent; if something did, the destination refuses the round.
 
         *coming*: more objects, each sent when it comes and its access closed when the
         destination has it. It is iterated in a thread of its own; what it raises is raised here.
@@ -100,7 +105,8 @@ class Sender:
         began = time.monotonic()
         sources, forget = self._book.begin(objects)
         stop = cancel or threading.Event()
-        round_ = self._round = Round(sources, forget, stop, growing=coming is not None)
+        growing = coming is not None
+        round_ = self._round = Round(sources, forget, stop, growing=growing, still=still)
         if coming is not None:
             self._book.feed(round_, coming)
         try:

@@ -59,7 +59,8 @@ Coming = Iterable[tuple[ObjectInfo, MemoryAccess]]  # objects that appear during
 class Round:
     """What the streams of one round share. Spans are handed out once, in order.
 
-    With *growing* it is not over before ``complete``: objects are added meanwhile.
+    With *growing* it is not over before ``complete``: objects are added meanwhile. *still*:
+    nothing writes to their memory while it lasts.
     """
 
     def __init__(
@@ -69,10 +70,12 @@ class Round:
         cancel: threading.Event,
         *,
         growing: bool = False,
+        still: bool = False,
     ) -> None:
         self.objects = {o.info.id: o for o, _ in objects}
         self.access = {o.info.id: access for o, access in objects}
         self.total = sum(o.info.size for o, _ in objects)
+        self.still = still
         self.counters = Counters()
         self._cancel = cancel
         self._failed = threading.Event()
@@ -235,11 +238,11 @@ def read(info: ObjectInfo, access: MemoryAccess, offset: int, into: memoryview) 
 
 
 @contextmanager
-def named(info: ObjectInfo, offset: int) -> Iterator[None]:
-    """Within it, an OSError of an object's memory becomes a MigrationFailed that names it."""
+def named(info: ObjectInfo, offset: int, errors: type[OSError] = OSError) -> Iterator[None]:
+    """Within it, *errors* are of an object's memory and become a MigrationFailed that names it."""
     try:
         yield
-    except OSError as error:
+    except errors as error:
         raise MigrationFailed(
             f"object {info.id} ({info.kind.name}) can't be read at {offset:#x}: {error}",
             advice="The process freed this memory, or ended, while it was being copied. Try again.",

@@ -302,11 +302,12 @@ def verify(info: ObjectInfo, target: MemoryAccess, expected: bytes) -> int:
 def digests_at(target: MemoryAccess, offset: int, room: memoryview, chunk: int) -> list[bytes]:
     """Digests of the chunks of a range as long as *room*, which is where it is read to if it
     can't be looked at where it lies. Raises OSError."""
-    found = target.digests(offset, len(room), chunk) if isinstance(target, InPlace) else None
-    if found is None:
-        target.read(offset, room)
-        found = digests_of(room, chunk)
-    return found
+    if isinstance(target, InPlace):
+        with target.lend(offset, len(room)) as data:
+            if data is not None:
+                return digests_of(data, chunk)
+    target.read(offset, room)
+    return digests_of(room, chunk)
 
 
 def pieces(size: int) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Literal, get_args
 
@@ -76,14 +77,16 @@ class CountedAccess:
         self._access.read(offset, into)
         self._tally.add(f"{self._mode}_read", len(into))
 
-    def digests(self, offset: int, length: int, chunk: int) -> list[bytes] | None:
+    @contextmanager
+    def lend(self, offset: int, length: int) -> Iterator[memoryview | None]:
         """See InPlace; counted as read."""
         if not isinstance(self._access, InPlace):
-            return None
-        found = self._access.digests(offset, length, chunk)
-        if found is not None:
+            yield None
+            return
+        with self._access.lend(offset, length) as data:
+            yield data
+        if data is not None:
             self._tally.add(f"{self._mode}_read", length)
-        return found
 
     def write(self, offset: int, data: memoryview) -> None:
         """See MemoryAccess."""
@@ -121,8 +124,8 @@ class VramAccess:
         is added to *tally*, but for the measurement. Raises MigrationFailed if ``sdma`` was
         asked for and does not work.
         """
-        if gpu_id is None:
-            return MmapAccess(fd, size, own=False)
+        if gpu_id is None:  # KFD asks for GTT without USWC: cached (amdgpu_amdkfd_gpuvm.c)
+            return MmapAccess(fd, size, own=False, cached=True)
         mode = self._mode_for(fd, size, gpu_id, direction)
         access: MemoryAccess
         if mode is VramMode.SDMA:

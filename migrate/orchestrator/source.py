@@ -79,6 +79,8 @@ class RoundSender(Protocol):
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
         coming: Coming | None = None,
+        *,
+        still: bool = False,
     ) -> RoundStats:
         """See Sender."""
 
@@ -565,7 +567,7 @@ class SourceMigration:
         self._drop_gone({info.id for info, _ in objects})
         if not frozen:
             holding = self._holding()
-        stats = self._sender.send_round(objects, progress, self.cancel, cpu)
+        stats = self._sender.send_round(objects, progress, self.cancel, cpu, still=frozen)
         if holding is not None and holding.dropped:
             self._vram_short = holding.dropped
             self.narrator.say(f"no more live rounds: {holding.dropped}")

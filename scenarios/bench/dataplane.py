@@ -108,7 +108,7 @@ def ours(
             aead=_aead(encrypted),
         )
         began, spent = time.perf_counter(), cpu()
-        sender.send_round([(info, access)])
+        sender.send_round([(info, access)], still=True)
         mine = cpu() - spent
         pipe.send(sender.manifest()[1][1] if place else None)
         theirs = pipe.recv() if place else None

@@ -120,6 +120,8 @@ class SimulatedSender:
         progress: object = None,
         cancel: object = None,
         coming: Iterable[object] = (),
+        *,
+        still: bool = False,
     ) -> RoundStats:
         """See Sender."""
         for _ in coming:

@@ -219,12 +219,14 @@ class SkippingSender(Sender):
     in_round = 1
     rounds = 0
 
-    def send_round(self, objects: Sequence[tuple[ObjectInfo, object]], *more: object) -> object:  # type: ignore[override]
+    def send_round(  # type: ignore[override]
+        self, objects: Sequence[tuple[ObjectInfo, object]], *more: object, still: bool = False
+    ) -> object:
         self.rounds += 1
         for stream in self._streams:
             stream.__class__ = SkippingStream
             stream.skipping = self.rounds == self.in_round  # type: ignore[attr-defined]
-        return super().send_round(objects, *more)  # type: ignore[arg-type]
+        return super().send_round(objects, *more, still=still)  # type: ignore[arg-type]
 
 
 class SkipsInLastRound(SkippingSender):

@@ -14,10 +14,12 @@ import pytest
 
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.channel import Channel, MemoryListener, TcpListener, connect_tcp
+from migrate.dataplane.chooser import FixedChooser
+from migrate.dataplane.codecs import Encoder
 from migrate.dataplane.frame import MAX_PAYLOAD
 from migrate.dataplane.intake import Intake
 from migrate.dataplane.memory import BytesAccess, MmapAccess
-from migrate.dataplane.messages import ObjectInfo, ObjectKind
+from migrate.dataplane.messages import Codec, ObjectInfo, ObjectKind
 from migrate.dataplane.receiver import Receiver, Session
 from migrate.dataplane.scan import SpanScan, What
 from migrate.dataplane.sender import Sender
@@ -87,6 +89,12 @@ def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     receiver.close()
 
 
+def memfd_of(content: bytes) -> int:
+    fd = os.memfd_create("object", os.MFD_CLOEXEC)
+    os.pwrite(fd, content, 0)
+    return fd
+
+
 def memfd(size: int, content: bytes = b"") -> MmapAccess:
     fd = os.memfd_create("object", os.MFD_CLOEXEC)
     os.ftruncate(fd, size)
@@ -135,16 +143,17 @@ def test_rounds_bring_the_destination_to_the_last_contents(rig: Rig) -> None:
     assert place_and_verify(rig.session, sender, 2) == read_all(blob)
 
 
+class Counted(MmapAccess):
+    """Memory that says how much of it was copied."""
+
+    copied = 0
+
+    def read(self, offset: int, into: memoryview) -> None:
+        super().read(offset, into)
+        self.copied += len(into)
+
+
 def test_what_the_destination_holds_is_looked_at_and_not_copied(rig: Rig) -> None:
-    class Counted(MmapAccess):
-        """Memory that says how much of it was copied."""
-
-        copied = 0
-
-        def read(self, offset: int, into: memoryview) -> None:
-            super().read(offset, into)
-            self.copied += len(into)
-
     size = 9 * MIB + 17
     fd = os.memfd_create("object", os.MFD_CLOEXEC)
     os.pwrite(fd, os.urandom(2 * MIB) + bytes(MIB) + os.urandom(size - 3 * MIB), 0)
@@ -156,6 +165,73 @@ def test_what_the_destination_holds_is_looked_at_and_not_copied(rig: Rig) -> Non
     assert (again.scanned, again.changed, again.unchanged) == (size, CHUNK, size - CHUNK)
     assert data.copied == size + MAX_PAYLOAD, "one piece differs"
     assert place_and_verify(rig.session, sender, 1) == os.pread(fd, size, 0)
+
+
+def test_what_stands_still_is_not_copied_but_for_its_holes(rig: Rig) -> None:
+    size = 9 * MIB + 17
+    fd = os.memfd_create("object", os.MFD_CLOEXEC)
+    os.ftruncate(fd, size)
+    os.pwrite(fd, os.urandom(4 * MIB) + bytes(MIB) + os.urandom(size - 7 * MIB), 0)
+    data, sender = Counted(fd, size), rig.sender()
+    begun = sender.send_round(objects(data), still=True)
+    assert (begun.scanned, begun.changed, begun.zero) == (size, size, 3 * MIB + 17 - CHUNK)
+    assert data.copied == MAX_PAYLOAD + MIB + 17, "the piece that holes begin in, and the last"
+    assert place_and_verify(rig.session, sender, 1) == os.pread(fd, size, 0)
+
+
+def test_the_last_round_of_several_may_stand_still(rig: Rig) -> None:
+    data, sender = Counted(memfd_of(os.urandom(6 * MIB)), 6 * MIB), rig.sender()
+    sender.send_round(objects(data))
+    data.write(MIB, memoryview(os.urandom(CHUNK)))
+    data.write(4 * MIB, memoryview(bytes(CHUNK)))
+    data.copied = 0
+    last = sender.send_round(objects(data), still=True)
+    assert (last.scanned, last.changed, last.zero) == (6 * MIB, 2 * CHUNK, CHUNK)
+    assert data.copied == 0
+    assert place_and_verify(rig.session, sender, 1) == read_all(data)
+
+
+class Meddling(FixedChooser):
+    """Does something to the memory after it was hashed and before it is sealed."""
+
+    def __init__(self, meddle: Callable[[], object]) -> None:
+        super().__init__()
+        self._meddle = meddle
+
+    def encode(
+        self, encoder: Encoder, info: ObjectInfo, raw: memoryview
+    ) -> tuple[Codec, memoryview]:
+        self._meddle()
+        return super().encode(encoder, info, raw)
+
+
+@pytest.mark.parametrize("still", [False, True], ids=["copied", "in-place"])
+def test_memory_that_changes_is_copied_or_else_refused(rig: Rig, still: bool) -> None:
+    data = memfd(MIB, os.urandom(MIB))
+    sender = rig.sender(chooser=Meddling(lambda: data.write(5, memoryview(b"written meanwhile"))))
+    if still:
+        with pytest.raises(FrameRejected, match="the chunk at 0x0 fails its digest"):
+            sender.send_round(objects(data), still=True)
+    else:
+        sender.send_round(objects(data))
+
+
+def test_pages_that_vanish_while_they_are_sent_in_place_name_their_object(rig: Rig) -> None:
+    fd = memfd_of(os.urandom(8 * MIB))
+    data = MmapAccess(fd, 8 * MIB)
+    sender = rig.sender(streams=1, chooser=Meddling(lambda: os.ftruncate(fd, 4096)))
+    with pytest.raises(
+        MigrationFailed, match=r"object 1 \(VRAM\) can't be read at 0x0: .*EFAULT|gone"
+    ):
+        sender.send_round(objects(data), still=True)
+    data.close()
+
+
+def test_what_can_not_be_mapped_is_the_memory_s_fault_and_not_the_wire_s(rig: Rig) -> None:
+    data = memfd(MIB, os.urandom(MIB))
+    data.close()
+    with pytest.raises(MigrationFailed, match="object 1"):
+        rig.sender().send_round(objects(data), still=True)
 
 
 def test_a_chunk_that_became_zero_is_zero_there(rig: Rig) -> None:

@@ -147,7 +147,8 @@ def assert_same(session: Session, sender: Sender, source: MmapAccess) -> None:
     assert ours == theirs
 
 
-def test_thirty_cuts_at_random_bytes(receiver: tuple[int, Session]) -> None:
+@pytest.mark.parametrize("still", [False, True], ids=["copied", "in-place"])
+def test_thirty_cuts_at_random_bytes(receiver: tuple[int, Session], still: bool) -> None:
     port, session = receiver
     count = 30
     rng = random.Random(7)
@@ -164,7 +165,7 @@ def test_thirty_cuts_at_random_bytes(receiver: tuple[int, Session]) -> None:
     proxy = Proxy(port, meddle)
     data = random_object(48 * MIB)
     sender = make_sender(proxy.port, itertools.count(1))
-    stats = sender.send_round(described(data))
+    stats = sender.send_round(described(data), still=still)
     assert proxy.connections > 20, "the cuts did not happen"
     assert stats.reconnects >= proxy.connections - 2
     assert stats.scanned == stats.changed == 48 * MIB

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from migrate.dataplane import sigbus
-from migrate.dataplane.access import MemoryAccess
+from migrate.dataplane.access import MemoryAccess, MemoryGone
 from migrate.dataplane.chunks import address_of, digests_of
 from migrate.dataplane.memory import LARGE, BytesAccess, MmapAccess, ProcessMemoryAccess
 
@@ -124,31 +124,64 @@ def test_writing_to_pages_that_are_gone_is_an_error_too() -> None:
     access.close()
 
 
+def lent(access: MmapAccess, offset: int, length: int) -> bytes | None:
+    with access.lend(offset, length) as data:
+        return None if data is None else bytes(data)
+
+
 @pytest.mark.parametrize(("offset", "length"), [(0, SIZE), (4096, PIECE + 1), (SIZE - 5, 5)])
-def test_digests_are_those_of_what_is_read(offset: int, length: int) -> None:
+def test_what_is_lent_is_what_is_read(offset: int, length: int) -> None:
     access = MmapAccess(memfd(), SIZE)
     access.write(0, memoryview(os.urandom(SIZE)))
-    wanted = digests_of(memoryview(read(access, offset, length)), 64 << 10)
-    assert access.digests(offset, length, 64 << 10) == wanted
+    assert lent(access, offset, length) == read(access, offset, length)
     access.write(offset, memoryview(bytes([read(access, offset, 1)[0] ^ 1])))
-    found = access.digests(offset, length, 64 << 10)
-    assert found is not None
-    assert (found[0] != wanted[0], found[1:]) == (True, wanted[1:])
+    assert lent(access, offset, length) == read(access, offset, length)
     with pytest.raises(OSError, match="object of"):
-        access.digests(SIZE, 1, 4096)
+        lent(access, SIZE, 1)
+    access.close()
+    with pytest.raises(MemoryGone, match="Bad file descriptor"):
+        lent(access, offset, length)
+
+
+def test_what_is_dear_to_read_or_not_there_is_not_lent() -> None:
+    fd = memfd()
+    sparse, slow = MmapAccess(fd, SIZE), OnlyMmap(fd, SIZE, own=False)
+    host = OnlyMmap(fd, SIZE, own=False, cached=True)  # as a dmabuf in GTT
+    sparse.write(0, memoryview(b"x"))
+    assert lent(sparse, 0, 4096) == lent(host, 0, 4096) == b"x" + bytes(4095)
+    assert lent(sparse, 0, PIECE) is None
+    assert os.fstat(fd).st_blocks * 512 == 4096, "holes stay holes"
+    assert lent(slow, 0, 4096) is None
+    for access in (slow, host, sparse):
+        access.close()
+
+
+def look_while_it_vanishes(access: MmapAccess, fd: int) -> None:
+    with access.lend(0, PIECE) as data:
+        assert data is not None
+        os.ftruncate(fd, 4096)
+        digests_of(data, 256 << 10)
+
+
+def test_pages_that_vanish_while_they_are_lent_are_an_error_then_and_for_good() -> None:
+    fd = memfd()
+    access = MmapAccess(fd, SIZE)
+    access.write(0, memoryview(b"x" * PIECE))
+    for _ in range(2):
+        with pytest.raises(MemoryGone, match="Bad address"):
+            look_while_it_vanishes(access, fd)
+        os.ftruncate(fd, SIZE)
     access.close()
 
 
-def test_what_is_dear_to_read_or_not_there_is_not_looked_at_in_place() -> None:
-    fd = memfd()
-    sparse, slow = MmapAccess(fd, SIZE), OnlyMmap(fd, SIZE, own=False)
-    sparse.write(0, memoryview(b"x"))
-    assert sparse.digests(0, 4096, 4096) is not None
-    assert sparse.digests(0, PIECE, 4096) is None
-    assert os.fstat(fd).st_blocks * 512 == 4096, "holes stay holes"
-    assert slow.digests(0, 4096, 4096) is None
-    slow.close()
-    sparse.close()
+def test_an_error_that_still_has_a_view_keeps_no_one_from_closing() -> None:
+    access = MmapAccess(memfd(), SIZE)
+    access.write(0, memoryview(b"x" * PIECE))
+    with access.lend(0, PIECE) as data:
+        assert data is not None
+        kept = data[:10]
+    access.close()
+    assert kept == b"x" * 10
 
 
 @pytest.mark.parametrize("chunk", [16 << 10, 256 << 10], ids=["with-gil", "without-gil"])

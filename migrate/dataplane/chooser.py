@@ -4,6 +4,11 @@ The policy is ``predict`` and ``choose``, pure functions of figures. The rest me
 speed and ratio of a codec on an object by small samples and by the runs it really encodes,
 the link by how fast bytes go out while sending is what we wait for.
 
+What is promised is then tried: a destination that can't unpack as fast, or cores that have other
+work, look like a slow link from here, and a slow link speaks for the codec. So the runs of an
+option are timed as a whole, encoded and sent; an option under which less gets through than by
+raw runs is left alone for a while, longer each time.
+
 While the link is not what we wait for, all that is known is that it is at least as fast as
 what went out. The estimate then creeps up by 1% a window, so that a link that became faster
 is found out, at little cost where it did not.
@@ -17,6 +22,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Protocol
+
+import msgspec
 
 from migrate.dataplane.codecs import Encoder
 from migrate.dataplane.messages import Codec, ObjectInfo
@@ -32,6 +39,12 @@ SAMPLE_CREEP = 1.1  # how much faster than its runs a sample may make a codec lo
 FIRST_INTERVAL, LAST_INTERVAL = 16, 256  # runs between samples of an object
 WEIGHT = 0.25  # of a new measurement in an average
 KEPT_DECISIONS = 64
+EVIDENCE = 1 << 20  # bytes of a run that is timed as a whole
+SETTLING = 2  # runs of each stream after a change that still wait for what went before
+TRIAL = 2  # runs of each stream that are then timed
+MEMORY = 16  # runs that a pace remembers
+FIRST_PAUSE, LAST_PAUSE = 64, 1024  # runs that a rejected option is left alone
+SHORT_PAUSE = 8  # runs by raw, to compare with anew, when one that was good is no more
 
 
 class Option(Value):
@@ -99,16 +112,24 @@ def choose(figures: Mapping[Option, Figure], link: float | None, threads: int) -
     return best if predict(figures[best], link, threads) > link * MARGIN else RAW
 
 
+class Packed(Value):
+    """A run as it travels; the payload is shorter than the raw bytes unless it is RAW."""
+
+    codec: Codec
+    payload: memoryview
+    option: Option  # that was chosen, also if it made nothing smaller
+    size: int  # bytes that it stands for
+    seconds: float = 0.0  # that encoding took
+
+
 class Chooser(Protocol):
     """Encodes runs; shared by the streams of a sender, thread-safe."""
 
-    def encode(
-        self, encoder: Encoder, info: ObjectInfo, raw: memoryview
-    ) -> tuple[Codec, memoryview]:
-        """The codec and the payload of a run; the payload is shorter than raw unless RAW."""
+    def encode(self, encoder: Encoder, info: ObjectInfo, raw: memoryview) -> Packed:
+        """What is to be sent for a run."""
 
-    def sent(self, payload: int, seconds: float) -> None:
-        """A payload of so many bytes took that long to send, waiting for room included."""
+    def sent(self, run: Packed, seconds: float) -> None:
+        """A run took that long to send, waiting for room included."""
 
 
 class FixedChooser:
@@ -117,24 +138,42 @@ class FixedChooser:
     def __init__(self, option: Option = RAW) -> None:
         self._option = option
 
-    def encode(
-        self, encoder: Encoder, info: ObjectInfo, raw: memoryview
-    ) -> tuple[Codec, memoryview]:
+    def encode(self, encoder: Encoder, info: ObjectInfo, raw: memoryview) -> Packed:
         """See Chooser."""
         return pack(encoder, self._option, raw)
 
-    def sent(self, payload: int, seconds: float) -> None:
+    def sent(self, run: Packed, seconds: float) -> None:
         """See Chooser."""
 
 
-def pack(encoder: Encoder, option: Option, raw: memoryview) -> tuple[Codec, memoryview]:
+def pack(encoder: Encoder, option: Option, raw: memoryview) -> Packed:
     """Encode, or leave it where nothing is won."""
-    if option.codec is Codec.RAW:
-        return Codec.RAW, raw
-    payload = encoder.encode(option.codec, raw, option.level)
-    if len(payload) >= len(raw):
-        return Codec.RAW, raw
-    return option.codec, payload
+    codec, payload = option.codec, raw
+    if codec is not Codec.RAW:
+        payload = encoder.encode(codec, raw, option.level)
+        if len(payload) >= len(raw):
+            codec, payload = Codec.RAW, raw
+    return Packed(codec=codec, payload=payload, option=option, size=len(raw))
+
+
+class Pace:
+    """Raw bytes a second that one stream brings; the first *settling* runs are left out."""
+
+    def __init__(self, settling: int = 0) -> None:
+        self.rate: float | None = None
+        self.runs = -settling  # that are counted
+
+    def __str__(self) -> str:
+        return "unknown" if self.rate is None else f"{self.rate / 1e6:.0f} MB/s"
+
+    def ran(self, size: int, seconds: float) -> None:
+        """A run of *size* raw bytes was encoded and sent in so many seconds."""
+        self.runs += 1
+        if self.runs <= 0:
+            return
+        new = size / max(seconds, 1e-9)
+        weight = max(1 / self.runs, 1 / MEMORY)
+        self.rate = new if self.rate is None else slowed(self.rate, new, weight)
 
 
 class LinkMeter:
@@ -176,6 +215,11 @@ def average(old: float, new: float) -> float:
     return old + WEIGHT * (new - old)
 
 
+def slowed(old: float, new: float, weight: float = WEIGHT) -> float:
+    """The same of speeds and ratios: times average, as what counts is what all takes together."""
+    return 1 / (1 / old + weight * (1 / new - 1 / old))
+
+
 class _Subject:
     """What is known of one object's data."""
 
@@ -188,6 +232,54 @@ class _Subject:
         self.judged: float | None = -1.0  # the link when it was last decided
 
 
+class Trials:
+    """Which options bring more than raw runs do, and which are left alone. Not thread-safe."""
+
+    def __init__(self, streams: int) -> None:
+        self._streams = streams
+        self._raw = Pace(streams)  # what goes into empty buffers tells nothing
+        self._paces: dict[Option, Pace] = {}  # of those in use
+        self._won: set[Option] = set()  # of those in use: were better than raw, once
+        self._pauses: dict[Option, int] = {}  # how long each was left alone the last time, in runs
+        self._resting: dict[Option, int] = {}  # how long each still is
+
+    def began(self) -> None:
+        """One more run, of whatever option."""
+        self._resting = {option: left - 1 for option, left in self._resting.items() if left > 1}
+
+    def is_resting(self, option: Option) -> bool:
+        """Whether it is left alone now."""
+        return option in self._resting
+
+    def ended(self, option: Option, size: int, seconds: float) -> None:
+        """A run of *size* raw bytes took so long to encode and to send."""
+        if option == RAW:
+            self._raw.ran(size, seconds)
+        elif option not in self._resting:  # the last runs of one that was just rejected
+            self._judge(option, size, seconds)
+
+    def _judge(self, option: Option, size: int, seconds: float) -> None:
+        pace = self._paces.setdefault(option, Pace(SETTLING * self._streams))
+        pace.ran(size, seconds)
+        if pace.rate is None or pace.runs < TRIAL * self._streams:
+            return
+        if self._raw.rate is not None and pace.rate > self._raw.rate:
+            self._won.add(option)
+            self._pauses.pop(option, None)
+            return
+        if self._raw.rate is None or option in self._won:  # to be compared with what raw is now
+            pause = SHORT_PAUSE
+        else:
+            pause = min(2 * self._pauses.get(option, FIRST_PAUSE), LAST_PAUSE)
+            self._pauses[option] = pause
+        _log.debug("%s rests for %d runs: %s, raw %s a stream", option, pause, pace, self._raw)
+        self._resting[option] = pause
+        for other in OPTIONS:  # of which less was promised; its turn comes before this one's
+            self._resting[other] = max(self._resting.get(other, 0), min(pause, FIRST_PAUSE))
+        self._won.clear()
+        self._paces.clear()
+
+
 class AdaptiveChooser:
     """The chooser of production. *threads*: encoders that run at once (streams, or cores)."""
 
@@ -198,6 +290,7 @@ class AdaptiveChooser:
         self._clock = clock
         self._lock = threading.Lock()
         self._meter = LinkMeter(streams)
+        self._trials = Trials(streams)
         self._subjects: dict[int, _Subject] = {}
         self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
 
@@ -206,31 +299,34 @@ class AdaptiveChooser:
         """The link's measured speed in bytes a second."""
         return self._meter.rate
 
-    def encode(
-        self, encoder: Encoder, info: ObjectInfo, raw: memoryview
-    ) -> tuple[Codec, memoryview]:
+    def encode(self, encoder: Encoder, info: ObjectInfo, raw: memoryview) -> Packed:
         """See Chooser."""
         with self._lock:
             subject = self._subjects.setdefault(info.id, _Subject())
+            self._trials.began()
             due = self._meter.rate is not None and subject.until_sample <= 0
             subject.until_sample = subject.interval if due else subject.until_sample - 1
             if not due and subject.option is RAW and subject.judged == self._meter.rate:
-                return Codec.RAW, raw  # nothing is new
+                return pack(encoder, RAW, raw)  # nothing is new
         if due:
             self._sample(encoder, subject, raw)
         with self._lock:
             option = self._decide(info, subject, due)
         began = self._clock()
-        codec, payload = pack(encoder, option, raw)
-        if option is not RAW:
-            subject.proven.add(option)
-            self._learn(subject, option, len(raw), len(payload), self._clock() - began)
-        return codec, payload
+        run = pack(encoder, option, raw)
+        if option is RAW:
+            return run
+        seconds = self._clock() - began
+        subject.proven.add(option)
+        self._learn(subject, option, len(raw), len(run.payload), seconds)
+        return msgspec.structs.replace(run, seconds=seconds)
 
-    def sent(self, payload: int, seconds: float) -> None:
+    def sent(self, run: Packed, seconds: float) -> None:
         """See Chooser."""
         with self._lock:
-            self._meter.sent(payload, seconds)
+            self._meter.sent(len(run.payload), seconds)
+            if run.size >= EVIDENCE:
+                self._trials.ended(run.option, run.size, run.seconds + seconds)
 
     def _sample(self, encoder: Encoder, subject: _Subject, raw: memoryview) -> None:
         start = max(0, (len(raw) - SAMPLE) // 2) & ~7
@@ -255,15 +351,12 @@ class AdaptiveChooser:
         with self._lock:
             old = subject.figures.get(option)
             if old is not None:
-                # Times average, not speeds: what counts is how long all runs take together.
-                new = Figure(
-                    speed=1 / average(1 / old.speed, 1 / new.speed),
-                    ratio=1 / average(1 / old.ratio, 1 / new.ratio),
-                )
+                new = Figure(speed=slowed(old.speed, new.speed), ratio=slowed(old.ratio, new.ratio))
             subject.figures[option] = new
 
     def _decide(self, info: ObjectInfo, subject: _Subject, sampled: bool) -> Option:
-        option = choose(subject.figures, self._meter.rate, self._threads)
+        figures = {o: f for o, f in subject.figures.items() if not self._trials.is_resting(o)}
+        option = choose(figures, self._meter.rate, self._threads)
         subject.judged = self._meter.rate
         if option != subject.option:
             subject.option = option

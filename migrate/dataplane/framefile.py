@@ -204,10 +204,10 @@ class FileSender:
 
     def send_run(self, source: SourceObject, offset: int, raw: memoryview, digests: bytes) -> None:
         """See RunSink."""
-        codec, payload = self._chooser.encode(self._encoder, source.info, raw)
+        run = self._chooser.encode(self._encoder, source.info, raw)
         began = time.monotonic()
-        self._write(source, offset, len(raw), codec, payload, digests)
-        self._chooser.sent(len(payload), time.monotonic() - began)
+        self._write(source, offset, len(raw), run.codec, run.payload, digests)
+        self._chooser.sent(run, time.monotonic() - began)
 
     def _declare(self, source: SourceObject) -> None:
         if source.info.id not in self._declared:

@@ -387,15 +387,16 @@ class SourceStream:
         """Send whole chunks."""
         chunk = source.info.chunk
         source.held.forget_run(offset // chunk, len(digests) // DIGEST_SIZE)
-        codec, payload = self._chooser.encode(self._encoder, source.info, raw)
+        packed = self._chooser.encode(self._encoder, source.info, raw)
+        codec = packed.codec
         run = Run(
             object_id=source.info.id, codec=codec, offset=offset, length=len(raw), digests=digests
         )
         item = counted(source, offset, len(raw))
         began = time.monotonic()
-        self._send_data(source, run, payload, item, digests)
-        self._chooser.sent(len(payload), time.monotonic() - began)
-        self.round.counters.sent(codec, len(raw), len(payload))
+        self._send_data(source, run, packed.payload, item, digests)
+        self._chooser.sent(packed, time.monotonic() - began)
+        self.round.counters.sent(codec, len(raw), len(packed.payload))
 
 
 def counted(source: SourceObject, offset: int, length: int) -> Span:

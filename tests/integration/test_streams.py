@@ -14,12 +14,12 @@ import pytest
 
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.channel import Channel, MemoryListener, TcpListener, connect_tcp
-from migrate.dataplane.chooser import FixedChooser
+from migrate.dataplane.chooser import FixedChooser, Packed
 from migrate.dataplane.codecs import Encoder
 from migrate.dataplane.frame import MAX_PAYLOAD
 from migrate.dataplane.intake import Intake
 from migrate.dataplane.memory import BytesAccess, MmapAccess
-from migrate.dataplane.messages import Codec, ObjectInfo, ObjectKind
+from migrate.dataplane.messages import ObjectInfo, ObjectKind
 from migrate.dataplane.receiver import Receiver, Session
 from migrate.dataplane.scan import SpanScan, What
 from migrate.dataplane.sender import Sender
@@ -198,9 +198,7 @@ class Meddling(FixedChooser):
         super().__init__()
         self._meddle = meddle
 
-    def encode(
-        self, encoder: Encoder, info: ObjectInfo, raw: memoryview
-    ) -> tuple[Codec, memoryview]:
+    def encode(self, encoder: Encoder, info: ObjectInfo, raw: memoryview) -> Packed:
         self._meddle()
         return super().encode(encoder, info, raw)
 

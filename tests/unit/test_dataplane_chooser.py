@@ -8,15 +8,23 @@ import numpy as np
 import pytest
 
 from migrate.dataplane.chooser import (
+    FIRST_PAUSE,
+    LAST_PAUSE,
+    MEMORY,
     OPTIONS,
     RAW,
     SAMPLE,
+    SETTLING,
+    SHORT_PAUSE,
+    TRIAL,
     WINDOW,
     AdaptiveChooser,
     Figure,
     FixedChooser,
     LinkMeter,
     Option,
+    Pace,
+    Trials,
     choose,
     predict,
 )
@@ -95,6 +103,101 @@ def test_a_link_that_became_faster_or_slower_is_noticed() -> None:
     assert meter.rate == pytest.approx(1e8, rel=0.15)
 
 
+class Stream:
+    """Runs of 2 MiB through one stream, at speeds that are told."""
+
+    def __init__(self, trials: Trials) -> None:
+        self._trials = trials
+
+    def runs(self, count: int, option: Option, rate: float) -> int:
+        """So many of an option, until it is left alone; those that were done."""
+        for done in range(count):
+            if self._trials.is_resting(option):
+                return done
+            self._trials.began()
+            self._trials.ended(option, 2 << 20, (2 << 20) / rate)
+        return count
+
+
+def rested(trials: Trials, option: Option) -> int:
+    """Runs by raw until it is not left alone any more."""
+    count = 0
+    while trials.is_resting(option):
+        trials.began()
+        trials.ended(RAW, 2 << 20, (2 << 20) / 1e9)
+        count += 1
+    return count
+
+
+def test_an_option_that_brings_less_than_raw_is_left_alone_longer_each_time() -> None:
+    trials = Trials(1)
+    stream = Stream(trials)
+    stream.runs(5, RAW, 1e9)
+    assert stream.runs(50, PLANES, 0.9e9) == SETTLING + TRIAL
+    assert trials.is_resting(ZSTD), "of which less was promised"
+    assert rested(trials, ZSTD) == FIRST_PAUSE
+    assert rested(trials, PLANES) == FIRST_PAUSE
+    assert stream.runs(50, PLANES, 0.9e9) == SETTLING + TRIAL
+    assert rested(trials, PLANES) == 4 * FIRST_PAUSE
+    for _ in range(9):
+        stream.runs(50, PLANES, 0.9e9)
+        pause = rested(trials, PLANES)
+    assert pause == LAST_PAUSE
+
+
+def test_an_option_that_brings_more_stays_and_is_compared_anew_when_it_no_longer_does() -> None:
+    trials = Trials(1)
+    stream = Stream(trials)
+    stream.runs(5, RAW, 1e9)
+    assert stream.runs(500, PLANES, 1.1e9) == 500
+    assert stream.runs(500, PLANES, 0.3e9) < 2 * MEMORY
+    assert rested(trials, PLANES) == SHORT_PAUSE
+    # The link became slower, for raw runs too.
+    stream.runs(3 * MEMORY, RAW, 0.2e9)
+    assert stream.runs(500, PLANES, 0.3e9) == 500
+
+
+def test_the_first_runs_of_an_option_wait_for_what_went_before_and_do_not_count() -> None:
+    trials = Trials(2)
+    stream = Stream(trials)
+    stream.runs(9, RAW, 1e9)
+    stream.runs(2 * SETTLING, PLANES, 0.1e9)
+    assert stream.runs(100, PLANES, 1.2e9) == 100
+
+
+def test_a_pace_is_that_of_all_runs_together() -> None:
+    pace = Pace(1)
+    for seconds in (1e-9, 1.0, 3.0):
+        pace.ran(100, seconds)
+    assert pace.rate == pytest.approx(50.0)
+    for _ in range(10 * MEMORY):
+        pace.ran(100, 4.0)
+    assert pace.rate == pytest.approx(25.0, rel=0.01)
+
+
+class BusyDestination(AdaptiveChooser):
+    """Sending takes as long as unpacking at the destination: encoded runs twice as long."""
+
+    def run(self, raw: memoryview) -> Codec:
+        packed = self.encode(Encoder(), INFO, raw)
+        clock = self._clock
+        assert isinstance(clock, Clock)
+        seconds = 0.2 if packed.codec is not Codec.RAW else 0.1
+        clock.now += seconds
+        self.sent(packed, seconds)
+        return packed.codec
+
+
+def test_a_destination_that_unpacks_slowly_is_not_taken_for_a_slow_link() -> None:
+    clock = Clock()
+    chooser = BusyDestination(1, 1, clock)
+    chooser._meter = LinkMeter(1, clock)
+    floats = brain_floats()
+    went = [chooser.run(floats) for _ in range(200)]
+    assert any(codec is not Codec.RAW for codec in went), "it promises more, and is tried"
+    assert went.count(Codec.RAW) > 180
+
+
 def brain_floats() -> memoryview:
     values = np.random.default_rng(3).standard_normal(1 << 19).astype(np.float32) * 0.02
     return memoryview(bytearray((values.view(np.uint32) >> 16).astype(np.uint16).tobytes()))
@@ -112,11 +215,11 @@ def test_floats_on_a_slow_link_go_as_planes_and_noise_as_raw() -> None:
     chooser, encoder = Links(1e6), Encoder()
     floats = brain_floats()
     packed = [chooser.encode(encoder, INFO, floats) for _ in range(3)][-1]
-    assert packed[0] in (Codec.PLANES2_ZSTD, Codec.PLANES4_ZSTD)
-    assert len(packed[1]) < 0.75 * len(floats)
+    assert packed.codec in (Codec.PLANES2_ZSTD, Codec.PLANES4_ZSTD)
+    assert len(packed.payload) < 0.75 * len(floats)
     noise = memoryview(bytearray(os.urandom(1 << 20)))
     other = ObjectInfo(id=2, kind=ObjectKind.VRAM, size=1 << 20)
-    assert chooser.encode(encoder, other, noise)[0] is Codec.RAW
+    assert chooser.encode(encoder, other, noise).codec is Codec.RAW
     decision = chooser.decisions[-1]
     assert decision.object_id == 1
     assert "link 1 MB/s" in str(decision)
@@ -151,7 +254,7 @@ def test_a_codec_that_proved_slow_is_not_taken_again_for_a_fast_sample() -> None
     chooser._meter.rate = 1e6  # a run of 1 MiB takes 1 s raw, 10 s encoded
     encoder = SlowEncoder(clock)
     floats = brain_floats()
-    sent = [chooser.encode(encoder, INFO, floats)[0] for _ in range(100)]
+    sent = [chooser.encode(encoder, INFO, floats).codec for _ in range(100)]
     assert sent[0] is not Codec.RAW
     assert sent.count(Codec.RAW) > 85
     assert set(sent[-60:]) == {Codec.RAW}
@@ -160,12 +263,14 @@ def test_a_codec_that_proved_slow_is_not_taken_again_for_a_fast_sample() -> None
 def test_an_endless_link_is_raw_and_nothing_is_encoded() -> None:
     chooser = AdaptiveChooser(2, 2)
     floats = brain_floats()
-    codec, payload = chooser.encode(Encoder(), INFO, floats)
-    assert (codec, len(payload)) == (Codec.RAW, len(floats))
+    run = chooser.encode(Encoder(), INFO, floats)
+    assert (run.codec, len(run.payload)) == (Codec.RAW, len(floats))
     assert not chooser.decisions
 
 
 def test_a_fixed_codec_that_wins_nothing_gives_way_to_raw() -> None:
     noise = memoryview(bytearray(os.urandom(1 << 16)))
-    assert FixedChooser(ZSTD).encode(Encoder(), INFO, noise)[0] is Codec.RAW
-    assert FixedChooser(ZSTD).encode(Encoder(), INFO, memoryview(bytes(1 << 16)))[0] is Codec.ZSTD
+    assert FixedChooser(ZSTD).encode(Encoder(), INFO, noise).codec is Codec.RAW
+    assert (
+        FixedChooser(ZSTD).encode(Encoder(), INFO, memoryview(bytes(1 << 16))).codec is Codec.ZSTD
+    )

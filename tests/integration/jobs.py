@@ -7,27 +7,26 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from migrate.report import Report
 from scenarios.cluster import Cluster, steps_logged, wait_until
 
-STEPS = 800
 VRAM = 16 << 20
-PACE = 0.005  # seconds between steps: long enough a life to be moved in
+PACE = 0.02  # seconds between steps: a twin has to make as many
 END = 110.0  # seconds for a job to end
 
 
 @dataclass
 class Job:
-    """A training process and what it leaves."""
+    """A training process, what it leaves, and the file that ends it."""
 
     pid: int
     log: Path
     result_path: Path
     started: subprocess.Popen[bytes]
+    end: Path
 
     def steps(self) -> int:
         """Steps it has logged."""
@@ -41,6 +40,11 @@ class Job:
         """It makes steps from now on, or comes to its end."""
         self.wait_steps(self.steps() + 3)
 
+    def finish(self) -> dict[str, Any]:
+        """Tell it to end, wherever it is now; what it wrote then."""
+        self.end.touch()
+        return self.result()
+
     def result(self) -> dict[str, Any]:
         """What it wrote at its end."""
         wait_until(self.result_path.exists, END, "the job's result")
@@ -53,17 +57,21 @@ def start_job(
     host: str,
     name: str,
     *,
-    steps: int = STEPS,
     pace: float = PACE,
     options: tuple[str, ...] = (),
 ) -> Job:
-    """Start a training job on a host and wait for its first steps."""
+    """Start a training job on a host and wait for its first steps.
+
+    It trains until it is told to ``finish``: no machine is too slow to move it before, and
+    none so quick that its end is long in coming.
+    """
     log, result = cluster.folder / f"{name}.log", cluster.folder / f"{name}.json"
+    end = cluster.folder / f"{name}.end"
     started = cluster.workload(
         host,
         [
             "-m", "scenarios.workloads.train",
-            "--steps", str(steps),
+            "--until", str(end),
             "--vram", str(VRAM),
             "--gpus", "2",
             "--seed", "11",
@@ -73,24 +81,30 @@ def start_job(
             *options,
         ],
     )  # fmt: skip
-    job = Job(started.pid, log, result, started)
+    job = Job(started.pid, log, result, started, end)
     job.wait_steps(2)
     return job
 
 
-@cache
-def twin_digest(cluster_folder: Path, steps: int, root: Path) -> str:
-    """The digest of a job that never moves."""
-    result = cluster_folder / f"twin-{steps}.json"
+def comes_out_right(cluster: Cluster, job: Job) -> dict[str, Any]:
+    """Tell a job to end: its digest is its twin's. What it wrote."""
+    result = job.finish()
+    assert result["digest"] == twin_digest(cluster, result["steps"])
+    return result
+
+
+def twin_digest(cluster: Cluster, steps: int, *options: str) -> str:
+    """The digest of a job that makes as many steps and never moves."""
+    result = cluster.folder / f"twin-{steps}.json"
     subprocess.run(
         [
             sys.executable, "-m", "scenarios.workloads.train",
             "--steps", str(steps), "--vram", str(VRAM), "--gpus", "2", "--seed", "11",
-            "--log", str(cluster_folder / f"twin-{steps}.log"), "--result", str(result),
+            "--log", str(cluster.folder / f"twin-{steps}.log"), "--result", str(result), *options,
         ],
         check=True,
         timeout=END,
-        env={**os.environ, "MIGRATE_HOST_ROOT": str(root)},
+        env={**os.environ, "MIGRATE_HOST_ROOT": str(cluster.hosts["a"].root)},
     )  # fmt: skip
     digest: str = json.loads(result.read_text())["digest"]
     return digest

@@ -52,7 +52,7 @@ def test_a_full_disk_is_told_and_the_job_runs_on(
     )
     try:
         cluster.start_agent(full)
-        job = start_job(cluster, "a", "full", steps=100_000)
+        job = start_job(cluster, "a", "full")
         filler = fill(run)
         outcome = migrate(cluster, "run", "a", "b", str(job.pid))
         assert outcome.failure["reason"] == error.reason, outcome.document

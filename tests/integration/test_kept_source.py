@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 
 import pytest
 
 from migrate.kfd.sim.faults import Fault, arm
 from scenarios.cluster import Cluster
-from tests.integration.jobs import VRAM, Job, migrate, start_job, twin_digest
+from tests.integration.jobs import VRAM, Job, comes_out_right, migrate, start_job
 from tests.integration.lookers import copy_pid, is_there, states
 
 
@@ -20,23 +19,14 @@ def pair(own_cluster: Cluster) -> Cluster:
     return own_cluster
 
 
-def begun(pair: Cluster) -> tuple[Job, Path]:
-    """A job that goes on until its file is there."""
-    end = pair.folder / "job.end"
-    return start_job(pair, "a", "job", steps=1_000_000, options=("--until", str(end))), end
-
-
-def ends_well(pair: Cluster, job: Job, end: Path) -> list[int]:
+def ends_well(pair: Cluster, job: Job) -> list[int]:
     job.runs_on()
-    end.touch()
-    result = job.result()
-    assert result["digest"] == twin_digest(pair.folder, result["steps"], pair.hosts["a"].root)
-    pids: list[int] = result["pids"]
+    pids: list[int] = comes_out_right(pair, job)["pids"]
     return pids
 
 
 def test_a_copy_that_hangs_is_ended_and_the_source_runs_on(pair: Cluster) -> None:
-    job, end = begun(pair)
+    job = start_job(pair, "a", "job")
     arm(pair.hosts["b"].root, Fault.RESUME_DEAD)
     outcome = migrate(pair, "run", "a", "b", str(job.pid), "--hold-source", "--max-rounds", "1")
     assert (outcome.code, outcome.failure["reason"]) == (85, "TAKEN_BACK")
@@ -46,19 +36,19 @@ def test_a_copy_that_hangs_is_ended_and_the_source_runs_on(pair: Cluster) -> Non
     assert states(here, report.id, "source")[-3:] == ["GRANTED", "RECLAIMED", "ROLLED_BACK"]
     assert states(there, report.id, "destination")[-3:] == ["OWNED", "REVOKING", "REVOKED"]
     assert not is_there(copy_pid(there, report.id))
-    assert ends_well(pair, job, end) == [job.pid]
+    assert ends_well(pair, job) == [job.pid]
 
 
 @pytest.mark.soak
 def test_a_copy_that_lives_is_confirmed_before_the_source_is_ended(pair: Cluster) -> None:
-    job, end = begun(pair)
+    job = start_job(pair, "a", "job")
     outcome = migrate(pair, "run", "a", "b", str(job.pid), "--hold-source", "--max-rounds", "1")
     assert outcome.code == 0, outcome.document
     report = outcome.report
     assert (report.replayed, report.life, report.running) == (False, "alive", "destination")
     assert states(pair.hosts["b"], report.id, "destination")[-2:] == ["OWNED", "CONFIRMED"]
     assert not is_there(job.pid)
-    assert len(ends_well(pair, job, end)) == 2
+    assert len(ends_well(pair, job)) == 2
 
 
 CONNECTED = """
@@ -75,7 +65,7 @@ def test_connections_are_a_reason_not_to_keep_the_source(pair: Cluster) -> None:
         files = ("--log", str(log), "--result", str(result))
         size = ("--steps", "1000000", "--vram", str(VRAM), "--gpus", "2", "--pace", "0.01")
         started = pair.workload("a", ["-c", CONNECTED, port, *files, *size])
-        job = Job(started.pid, log, result, started)
+        job = Job(started.pid, log, result, started, pair.folder / "job.end")
         job.wait_steps(2)
         outcome = migrate(pair, "run", "a", "b", str(job.pid), "--hold-source")
         assert (outcome.code, outcome.failure["reason"]) == (49, "CONNECTED_SOCKETS")

@@ -65,7 +65,7 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 
 def test_a_migration_is_seen_while_it_runs_and_when_it_has_ended(observed: Cluster) -> None:
     before = scrape(observed, "a"), scrape(observed, "b")
-    job = start_job(observed, "a", "seen", steps=100_000)
+    job = start_job(observed, "a", "seen")
     with Client(observed.inventory) as client:
         assert value(scrape(observed, "a"), "migrate_gpu_processes") == 1
         # Slow on purpose, so that there is something to see.

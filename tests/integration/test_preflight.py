@@ -119,11 +119,9 @@ def whole() -> Iterator[Field]:
     with Cluster.temporary() as cluster:
         cluster.add_host("a", node_options=("--svm",))
         cluster.add_host("b", node_options=("--svm",))
-        end = cluster.folder / "job.end"
-        job = start_job(cluster, "a", "job", pace=0.05, options=("--until", str(end)))
+        job = start_job(cluster, "a", "job", pace=0.05)
         yield Field(cluster, job)
-        end.touch()
-        assert job.result()["pids"] == [job.pid]
+        assert job.finish()["pids"] == [job.pid]
 
 
 @pytest.fixture
@@ -266,11 +264,9 @@ def test_an_agent_without_the_capability(field: Field) -> None:
     """Its helpers are those that ask KFD."""
     cluster = field.cluster
     cluster.add_host("strict", allow_unprivileged=False, setup=AgentSetup(prelude=WEAK))
-    end = cluster.folder / "strict.end"
-    job = start_job(cluster, "strict", "strict", pace=0.05, options=("--until", str(end)))
+    job = start_job(cluster, "strict", "strict")
     field.refuses("MISSING_CAPABILITY", source="strict", pid=job.pid)
-    end.touch()
-    job.result()
+    job.finish()
 
 
 # ---------------------------------------------------------------- the other host
@@ -353,7 +349,7 @@ def test_too_little_host_memory(own_cluster: Cluster) -> None:
     command = ["-m", "tests.integration.churn", "--log", str(log), "--until", str(end)]
     program = own_cluster.workload("a", [*command, "--hold", str(size)])
     wait_until(lambda: log.exists() and b"holds" in log.read_bytes(), what="the buffer")
-    job = Job(program.pid, log, end, program)
+    job = Job(program.pid, log, log, program, end)
     Field(own_cluster, job).refuses("INSUFFICIENT_MEMORY")
 
 
@@ -388,14 +384,13 @@ def test_a_folder_that_is_not_there(field: Field) -> None:
             ],
             output=output,
         )  # fmt: skip
-    job = Job(program.pid, log, result, program)
+    job = Job(program.pid, log, result, program, end)
     job.wait_steps(2)
     # A folder of the same name above it: what is below is not there for this agent alone.
     prelude = MOUNTED.format(target=bytes(place), options=b"size=1m")
     name = field.agent("bare", AgentSetup(prelude=prelude))
     field.refuses("FILE_MISSING", name, pid=job.pid)
-    end.touch()
-    job.result()
+    job.finish()
 
 
 @needs_root
@@ -496,7 +491,7 @@ def test_too_many_samples_at_once(field: Field) -> None:
 def test_the_report_has_the_prediction_beside_what_came_true(own_cluster: Cluster) -> None:
     for name in ("a", "b"):
         own_cluster.add_host(name)
-    job = start_job(own_cluster, "a", "predicted", steps=400, pace=0.05)
+    job = start_job(own_cluster, "a", "predicted")
     report = migrate(own_cluster, "run", "a", "b", str(job.pid)).document
     assert report["status"] == "completed", report
     assert report["blockers"] == []
@@ -510,5 +505,5 @@ def test_the_report_has_the_prediction_beside_what_came_true(own_cluster: Cluste
     down = report["downtime"]
     fixed = sum(down[part] for part in ("stop", "checkpoint", "build", "engine", "handover"))
     assert found["downtime"] >= fixed
-    job.result()
-    second.result()
+    job.finish()
+    second.finish()

@@ -30,8 +30,7 @@ def test_what_is_unfinished_is_told_and_gone_on_with(own_cluster: Cluster) -> No
     own_cluster.add_host("a")
     there = own_cluster.add_host("b", setup=AgentSetup(prelude=stays))
     here = own_cluster.hosts["a"]
-    end = own_cluster.folder / "job.end"
-    job = start_job(own_cluster, "a", "job", steps=1_000_000, options=("--until", str(end)))
+    job = start_job(own_cluster, "a", "job")
     assert rows(own_cluster, "a") == rows(own_cluster, "b") == []
     migration = started(own_cluster, "a", "b", str(job.pid), "--max-rounds", "1")
     wait_state(here, migration, "source", "GRANTED")
@@ -58,5 +57,4 @@ def test_what_is_unfinished_is_told_and_gone_on_with(own_cluster: Cluster) -> No
     aborted = migrate(own_cluster, "abort", migration)
     assert (aborted.code, aborted.document["outcome"]) == (0, "ALREADY_ENDED")
     job.runs_on()
-    end.touch()
-    assert job.result()["pids"] == [job.pid]
+    assert job.finish()["pids"] == [job.pid]

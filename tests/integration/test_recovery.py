@@ -18,7 +18,7 @@ from migrate.engine import procfs
 from migrate.engine.reexec import ReexecEngine
 from migrate.faults import VARIABLE
 from scenarios.cluster import AgentSetup, Cluster, SimulatedHost, wait_until
-from tests.integration.jobs import Job, start_job, twin_digest
+from tests.integration.jobs import Job, comes_out_right, start_job
 from tests.integration.lookers import (
     PATIENCE,
     Watcher,
@@ -83,17 +83,12 @@ class Drill:
 
     def start(self, name: str) -> Job:
         """A job at a that goes on until ``finish``: one that ends is not one that is lost."""
-        options = ("--until", str(self.cluster.folder / f"{name}.end"), "--delay-us", "500")
-        return start_job(self.cluster, "a", name, pace=PACE, options=options)
+        return start_job(self.cluster, "a", name, pace=PACE, options=("--delay-us", "500"))
 
     def finish(self, job: Job) -> list[int]:
         """Its digest is that of a twin; the pids that it had."""
         job.runs_on()
-        job.log.with_suffix(".end").touch()
-        result = job.result()
-        twin = twin_digest(self.cluster.folder, result["steps"], self.a.root)
-        assert result["digest"] == twin
-        pids: list[int] = result["pids"]
+        pids: list[int] = comes_out_right(self.cluster, job)["pids"]
         return pids
 
 

@@ -15,7 +15,7 @@ import pytest
 from migrate.errors import PermissionRefused
 from migrate.faults import VARIABLE
 from scenarios.cluster import AgentSetup, Cluster, wait_until
-from tests.integration.jobs import Job, migrate, start_job, twin_digest
+from tests.integration.jobs import Job, comes_out_right, migrate, start_job
 from tests.integration.lookers import (
     PATIENCE,
     copy_pid,
@@ -38,23 +38,15 @@ def cluster() -> Iterator[Cluster]:
         yield made
 
 
-def job_of(cluster: Cluster) -> Job:
-    options = ("--until", str(cluster.folder / "job.end"), "--delay-us", "500")
-    return start_job(cluster, "a", "job", pace=0.05, options=options)
-
-
 def finish(cluster: Cluster, job: Job) -> int:
     """Its digest is that of a twin that never moved; how many pids it had."""
     job.runs_on()
-    (cluster.folder / "job.end").touch()
-    result = job.result()
-    assert result["digest"] == twin_digest(cluster.folder, result["steps"], cluster.hosts["a"].root)
-    return len(result["pids"])
+    return len(comes_out_right(cluster, job)["pids"])
 
 
 def held_at(cluster: Cluster, host: str, moment: str) -> tuple[Job, str]:
     """A job, and a migration in which the agent of *host* stands still at a moment."""
-    job = job_of(cluster)
+    job = start_job(cluster, "a", "job", pace=0.05, options=("--delay-us", "500"))
     kill_agent(cluster.hosts[host])
     prelude = f"import os\nos.environ[{VARIABLE!r}] = '{moment}=stop'"
     cluster.start_agent(host, AgentSetup(prelude=prelude))

@@ -36,14 +36,10 @@ def begin(cluster: Cluster, job: Job) -> subprocess.Popen[bytes]:
 
 
 def killed_at(cluster: Cluster, point: str, name: str) -> tuple[Job, ProcessRef]:
-    """A job whose source agent died at *point*; it ends when ``end_of`` is there.
-
-    The job's reference was taken before.
-    """
+    """A job whose source agent died at *point*; its reference was taken before."""
     cluster.kill_agent("a")
     cluster.start_agent("a", AgentSetup(environment={"MIGRATE_FAULTS": f"{point}=kill"}))
-    options = ("--until", str(end_of(cluster, name)))
-    job = start_job(cluster, "a", name, steps=1_000_000, options=options)
+    job = start_job(cluster, "a", name)
     process = procfs.reference(job.pid)
     agent = cluster.hosts["a"].agent
     assert agent is not None
@@ -54,10 +50,6 @@ def killed_at(cluster: Cluster, point: str, name: str) -> tuple[Job, ProcessRef]
         command.kill()
         command.wait()
     return job, process
-
-
-def end_of(cluster: Cluster, name: str) -> Path:
-    return cluster.folder / f"{name}.end"
 
 
 def states(cluster: Cluster) -> list[SourceState]:
@@ -106,8 +98,7 @@ def test_a_granted_source_stays_frozen_and_its_copy_lives_on(pair: Cluster) -> N
 def test_a_job_that_was_let_go_and_ended_is_not_run_again(pair: Cluster) -> None:
     """An agent that finds no process where it had frozen one would grant the copy its life."""
     job, process = killed_at(pair, "source.prepared", "ended")
-    end_of(pair, "ended").touch()
-    result = job.result()
+    result = job.finish()
     wait_until(lambda: not procfs.is_alive(process), PATIENCE, "the job to end")
     pair.start_agent("a", AgentSetup())
     wait_until(lambda: states(pair)[-1] is SourceState.ROLLED_BACK, PATIENCE, "the agent's undo")

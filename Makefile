@@ -10,6 +10,10 @@ LIMIT ?= 900
 EVIDENCE := docs/evidence
 DRILLS ?= build
 
+# Tests start hundreds of interpreters: each would compile the project anew where the
+# environment has it that no bytecode is written.
+export PYTHONDONTWRITEBYTECODE =
+
 .DELETE_ON_ERROR:
 .PHONY: help gone venv check test demo soak drills lab hardware evidence man clean
 

@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from migrate.kfd.sim.process import SimProcess
 
 POLL_BUSY = 0.0002  # seconds between looks at the doorbells while there was work lately
-POLL_STEPPING = 0.001  # between two steps of kernels that run for ever
+POLL_STEPPING = 0.001  # between two steps of kernels that run for ever, while others are run
 POLL_IDLE = 0.005
 POLL_ASLEEP = 0.02
+SOON = 0.01
 LATELY = 0.05
 LONG_AGO = 2.0
 PACKETS_AT_ONCE = 64  # of one queue, before another one's turn
@@ -90,7 +91,7 @@ class Engine(threading.Thread):
         if lately < POLL_BUSY:
             return
         if stepping:
-            time.sleep(POLL_STEPPING)
+            time.sleep(POLL_STEPPING if lately < SOON else POLL_IDLE)
         else:
             asleep = POLL_IDLE if lately < LONG_AGO else POLL_ASLEEP
             time.sleep(POLL_BUSY if lately < LATELY else asleep)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from migrate.cli.main import run
 from migrate.report import Report
 from scenarios.cluster import Cluster, steps_logged, wait_until
 
@@ -131,10 +134,18 @@ class Outcome:
         return found
 
 
-def migrate(
+def migrate(cluster: Cluster, *arguments: str, inventory: Path | None = None) -> Outcome:
+    """Run a command line in this process; stdout must be exactly one JSON document."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        code = run(["--json", "--inventory", str(inventory or cluster.inventory), *arguments])
+    return Outcome(code, json.loads(output.getvalue()))
+
+
+def command(
     cluster: Cluster, *arguments: str, inventory: Path | None = None, timeout: float = 120
 ) -> Outcome:
-    """Run the command line; stdout must be exactly one JSON document."""
+    """The same as its user runs it: a process of its own."""
     done = subprocess.run(
         [
             sys.executable, "-m", "migrate",

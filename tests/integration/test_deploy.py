@@ -18,7 +18,7 @@ from migrate.inventory import HostEntry, Inventory, to_toml
 from migrate.rpc.ca import Role
 from scenarios.cluster import Cluster
 from scenarios.ports import free_port
-from tests.integration.jobs import Outcome, comes_out_right, migrate, start_job
+from tests.integration.jobs import Outcome, comes_out_right, command, migrate, start_job
 from tests.integration.sshd import SSHD, Servers
 
 pytestmark = [
@@ -40,7 +40,7 @@ class Site:
         return self.cluster.folder / "installed" / host
 
     def deploy(self, *arguments: str, hosts: tuple[str, ...] = ("a", "b")) -> Outcome:
-        return migrate(
+        return command(
             self.cluster,
             "agent", "deploy", *hosts,
             "--ca", str(self.cluster.folder / "ca"),

@@ -9,7 +9,7 @@ import pytest
 
 from migrate.errors import Cancelled
 from scenarios.cluster import Cluster, wait_until
-from tests.integration.jobs import Outcome, migrate
+from tests.integration.jobs import Outcome, command, migrate
 from tests.integration.lookers import keyed, wait_state
 
 VRAM = 64 << 20  # bytes a GPU
@@ -24,14 +24,14 @@ def test_a_job_that_frees_and_takes_most_of_its_vram_during_pre_copy(own_cluster
         own_cluster.add_host(name, node_options=("--vram", str(VRAM)))
     log, swap = own_cluster.folder / "swap.log", own_cluster.folder / "swap"
     end = own_cluster.folder / "swap.end"
-    command = ["-m", "tests.integration.churn", "--log", str(log), "--until", str(end)]
-    program = own_cluster.workload("a", [*command, "--hold", str(HELD), "--swap", str(swap)])
+    churn = ["-m", "tests.integration.churn", "--log", str(log), "--until", str(end)]
+    program = own_cluster.workload("a", [*churn, "--hold", str(HELD), "--swap", str(swap)])
     wait_until(lambda: log.exists() and b"filled 1" in log.read_bytes(), PATIENCE, "the buffer")
     outcomes: list[Outcome] = []
     options = ("--bandwidth", "0.1", "--max-rounds", "2", "--idempotency-key", "swap")
     migration = threading.Thread(
         target=lambda: outcomes.append(
-            migrate(own_cluster, "run", "a", "b", str(program.pid), *options)
+            command(own_cluster, "run", "a", "b", str(program.pid), *options)
         )
     )
     host = own_cluster.hosts["a"]

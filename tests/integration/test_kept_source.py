@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,11 +13,12 @@ from tests.integration.jobs import VRAM, Job, comes_out_right, migrate, start_jo
 from tests.integration.lookers import copy_pid, is_there, states
 
 
-@pytest.fixture
-def pair(own_cluster: Cluster) -> Cluster:
-    for name in ("a", "b"):
-        own_cluster.add_host(name)
-    return own_cluster
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Cluster]:
+    with Cluster.temporary() as made:
+        for name in ("a", "b"):
+            made.add_host(name)
+        yield made
 
 
 def ends_well(pair: Cluster, job: Job) -> list[int]:
@@ -26,7 +28,7 @@ def ends_well(pair: Cluster, job: Job) -> list[int]:
 
 
 def test_a_copy_that_hangs_is_ended_and_the_source_runs_on(pair: Cluster) -> None:
-    job = start_job(pair, "a", "job")
+    job = start_job(pair, "a", "hangs")
     arm(pair.hosts["b"].root, Fault.RESUME_DEAD)
     outcome = migrate(pair, "run", "a", "b", str(job.pid), "--hold-source", "--max-rounds", "1")
     assert (outcome.code, outcome.failure["reason"]) == (85, "TAKEN_BACK")
@@ -41,7 +43,7 @@ def test_a_copy_that_hangs_is_ended_and_the_source_runs_on(pair: Cluster) -> Non
 
 @pytest.mark.soak
 def test_a_copy_that_lives_is_confirmed_before_the_source_is_ended(pair: Cluster) -> None:
-    job = start_job(pair, "a", "job")
+    job = start_job(pair, "a", "lives")
     outcome = migrate(pair, "run", "a", "b", str(job.pid), "--hold-source", "--max-rounds", "1")
     assert outcome.code == 0, outcome.document
     report = outcome.report
@@ -60,14 +62,16 @@ runpy.run_module("scenarios.workloads.train", run_name="__main__", alter_sys=Tru
 
 def test_connections_are_a_reason_not_to_keep_the_source(pair: Cluster) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        log, result = pair.folder / "job.log", pair.folder / "job.json"
+        log, result = pair.folder / "connected.log", pair.folder / "connected.json"
         port = str(listener.getsockname()[1])
-        files = ("--log", str(log), "--result", str(result))
-        size = ("--steps", "1000000", "--vram", str(VRAM), "--gpus", "2", "--pace", "0.01")
+        end = pair.folder / "connected.end"
+        files = ("--log", str(log), "--result", str(result), "--until", str(end))
+        size = ("--vram", str(VRAM), "--gpus", "2", "--pace", "0.01")
         started = pair.workload("a", ["-c", CONNECTED, port, *files, *size])
-        job = Job(started.pid, log, result, started, pair.folder / "job.end")
+        job = Job(started.pid, log, result, started, end)
         job.wait_steps(2)
         outcome = migrate(pair, "run", "a", "b", str(job.pid), "--hold-source")
         assert (outcome.code, outcome.failure["reason"]) == (49, "CONNECTED_SOCKETS")
         assert f"port {port}" in outcome.failure["message"]
         job.runs_on()
+        job.finish()

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
+
 from migrate.kfd.sim.faults import Fault, arm
 from scenarios.cluster import Cluster
 from tests.integration.jobs import migrate, start_job
 
 
-def test_a_training_job_is_alive(own_cluster: Cluster) -> None:
-    for name in ("a", "b"):
-        own_cluster.add_host(name)
-    job = start_job(own_cluster, "a", "alive")
-    outcome = migrate(own_cluster, "run", "a", "b", str(job.pid))
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Cluster]:
+    with Cluster.temporary() as made:
+        for name in ("a", "b"):
+            made.add_host(name)
+        yield made
+
+
+def test_a_training_job_is_alive(pair: Cluster) -> None:
+    job = start_job(pair, "a", "alive")
+    outcome = migrate(pair, "run", "a", "b", str(job.pid))
     assert outcome.code == 0, outcome.document
     assert outcome.report.life == "alive"
+    job.finish()
 
 
-def test_queues_that_never_start_are_suspect(own_cluster: Cluster) -> None:
+def test_queues_that_never_start_are_suspect(pair: Cluster) -> None:
     """RESUME says 0, and no worker ever starts the queues."""
-    for name in ("a", "b"):
-        own_cluster.add_host(name)
-    job = start_job(own_cluster, "a", "suspect")
-    arm(own_cluster.hosts["b"].root, Fault.RESUME_DEAD)
-    outcome = migrate(own_cluster, "run", "a", "b", str(job.pid))
+    job = start_job(pair, "a", "suspect")
+    arm(pair.hosts["b"].root, Fault.RESUME_DEAD)
+    outcome = migrate(pair, "run", "a", "b", str(job.pid))
     assert outcome.code == 0, outcome.document
     assert outcome.report.life == "suspect"

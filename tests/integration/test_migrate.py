@@ -9,7 +9,7 @@ import pytest
 
 from scenarios import moments
 from scenarios.cluster import Cluster, wait_until
-from tests.integration.jobs import Outcome, comes_out_right, kernel_log, migrate, start_job
+from tests.integration.jobs import Outcome, comes_out_right, command, kernel_log, migrate, start_job
 
 
 def gone(pid: int) -> bool:
@@ -32,7 +32,7 @@ def completed(outcome: Outcome) -> None:
 
 def test_a_running_job_moves_and_comes_out_like_its_twin(cluster: Cluster) -> None:
     job = start_job(cluster, "a", "straight")
-    outcome = migrate(cluster, "run", "a", "b", str(job.pid))
+    outcome = command(cluster, "run", "a", "b", str(job.pid))
     completed(outcome)
     report = outcome.report
     assert gone(job.pid)

@@ -8,9 +8,6 @@ test_preflight_whole.py.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import mmap
 import os
 import subprocess
@@ -21,7 +18,6 @@ from pathlib import Path
 import pytest
 
 from migrate import errors
-from migrate.cli.main import run
 from migrate.errors import by_reason
 from migrate.inventory import HostEntry, Inventory, TlsFiles, load, to_toml
 from migrate.kfd import uapi
@@ -36,7 +32,7 @@ from tests.conformance.image import Buffers
 from tests.conformance.kit import VRAM
 from tests.conformance.tracer import held
 from tests.integration import wires
-from tests.integration.jobs import Job, Outcome, migrate, start_job
+from tests.integration.jobs import Job, migrate, start_job
 from tests.integration.lookers import states
 from tests.integration.test_bad_input import AS_ANOTHER_USER
 
@@ -52,14 +48,6 @@ assert libc.unshare(0x00020000) == 0, os.strerror(ctypes.get_errno())
 assert libc.mount(b"none", b"/", None, 0x44000, None) == 0, os.strerror(ctypes.get_errno())
 assert libc.mount(b"none", {target!r}, b"tmpfs", 0, {options!r}) == 0, ctypes.get_errno()
 """
-
-
-def said(cluster: Cluster, *arguments: str, inventory: Path | None = None) -> Outcome:
-    """What the command line says, without a process of its own."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        code = run(["--json", "--inventory", str(inventory or cluster.inventory), *arguments])
-    return Outcome(code, json.loads(output.getvalue()))
 
 
 @dataclass
@@ -93,14 +81,14 @@ class Field:
         Neither prints anything else than its one document, whatever is wrong.
         """
         names = (source, destination, str(pid or self.job.pid))
-        found = said(self.cluster, "check", *names, *options, inventory=inventory)
+        found = migrate(self.cluster, "check", *names, *options, inventory=inventory)
         reasons = [blocker["reason"] for blocker in found.document["blockers"]]
         assert reason in reasons, found.document
         assert set(reasons) <= KNOWN
         assert found.code == by_reason(reasons[0]).exit_code
         assert all(b["advice"] and b["message"] for b in found.document["blockers"])
 
-        ran = said(self.cluster, "run", *names, *options, inventory=inventory)
+        ran = migrate(self.cluster, "run", *names, *options, inventory=inventory)
         report = ran.document
         assert sorted(b["reason"] for b in report["blockers"]) == sorted(reasons), report
         assert (report["failure"]["reason"], ran.code) == (reasons[0], found.code)
@@ -149,8 +137,8 @@ def troubled(cluster: Cluster, kind: str, *arguments: str) -> subprocess.Popen[b
 def test_a_job_that_can_move_is_only_looked_at(field: Field) -> None:
     """And the prediction is of a real sample; nothing is left of it at either host."""
     names = ("a", "b", str(field.job.pid))
-    before = said(field.cluster, "history", "a").document
-    found = said(field.cluster, "check", *names)
+    before = migrate(field.cluster, "history", "a").document
+    found = migrate(field.cluster, "check", *names)
     assert found.code == 0
     assert found.document["blockers"] == []
     predicted = found.document["prediction"]
@@ -158,10 +146,10 @@ def test_a_job_that_can_move_is_only_looked_at(field: Field) -> None:
     assert predicted["rate"] > 0
     assert 0 < predicted["downtime"] < predicted["seconds"]
     assert len(found.document["gpu_map"]) == 2
-    same = said(field.cluster, "run", *names, "--dry-run")
+    same = migrate(field.cluster, "run", *names, "--dry-run")
     assert same.code == 0
     assert same.document["schema"] == "migrate.check/1"
-    assert said(field.cluster, "history", "a").document == before
+    assert migrate(field.cluster, "history", "a").document == before
 
 
 def test_a_viewer_may_not_check(field: Field) -> None:
@@ -169,7 +157,7 @@ def test_a_viewer_may_not_check(field: Field) -> None:
     tls = field.cluster.certificate("looker", Role.VIEWER)
     path = _inventory(field.cluster, tls)
     names = ("a", "b", str(field.job.pid))
-    refused = said(field.cluster, "check", *names, inventory=path)
+    refused = migrate(field.cluster, "check", *names, inventory=path)
     assert refused.failure["reason"] == errors.PermissionRefused.reason
 
 
@@ -181,7 +169,7 @@ def test_nothing_to_be_checked(field: Field) -> None:
         (("a", "a", str(field.job.pid)), errors.SameHost),
         (("a", "nowhere", str(field.job.pid)), errors.UnknownHost),
     ):
-        outcome = said(field.cluster, "check", *arguments)
+        outcome = migrate(field.cluster, "check", *arguments)
         assert outcome.failure["reason"] == error.reason
         assert outcome.code == error.exit_code
 
@@ -224,10 +212,10 @@ def test_a_buffer_that_a_stranger_has_mapped(field: Field) -> None:
         found.close()
         assert field.refuses("SHARED_BUFFER") == ["SHARED_BUFFER"]
         names = ("a", "b", str(field.job.pid))
-        (blocker,) = said(field.cluster, "check", *names).document["blockers"]
+        (blocker,) = migrate(field.cluster, "check", *names).document["blockers"]
         assert f"process {os.getpid()} (" in blocker["message"]
         assert f"{bucket.size} bytes" in blocker["message"]
-    assert said(field.cluster, "check", *names).document["blockers"] == []
+    assert migrate(field.cluster, "check", *names).document["blockers"] == []
 
 
 @provokes("GPU_WITHOUT_VM")
@@ -433,9 +421,9 @@ def test_a_link_that_damages_everything(field: Field) -> None:
         name = field.agent("noisy", AgentSetup(settings=settings))
         wire.alter = wires.flip(70_000)
         names = ("a", name, str(field.job.pid))
-        found = said(field.cluster, "check", *names)
+        found = migrate(field.cluster, "check", *names)
         assert [b["reason"] for b in found.document["blockers"]] == ["STREAM_BROKEN"]
-        ran = said(field.cluster, "run", *names, "--patience", "1", "--no-precopy")
+        ran = migrate(field.cluster, "run", *names, "--patience", "1", "--no-precopy")
         assert ran.failure["reason"] == "STREAM_BROKEN"
         assert "DEVICE" not in states(field.cluster.hosts["a"], ran.document["id"], "source")
 
@@ -446,7 +434,7 @@ def test_a_link_that_damages_everything(field: Field) -> None:
 def warned(field: Field, reason: str, destination: str, *options: str) -> str:
     """The message of a warning, which forbids nothing."""
     assert reason in {note.reason for note in NOTES}
-    found = said(field.cluster, "check", "a", destination, str(field.job.pid), *options)
+    found = migrate(field.cluster, "check", "a", destination, str(field.job.pid), *options)
     assert found.code == 0
     warnings: dict[str, str] = {w["reason"]: w["message"] for w in found.document["warnings"]}
     assert reason in warnings, found.document

@@ -30,7 +30,7 @@ from tests.integration.lookers import (
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with Cluster.temporary() as made:
         for name in ("a", "b"):
@@ -46,7 +46,7 @@ def finish(cluster: Cluster, job: Job) -> int:
 
 def held_at(cluster: Cluster, host: str, moment: str) -> tuple[Job, str]:
     """A job, and a migration in which the agent of *host* stands still at a moment."""
-    job = start_job(cluster, "a", "job", pace=0.05, options=("--delay-us", "500"))
+    job = start_job(cluster, "a", f"held-{host}", pace=0.05, options=("--delay-us", "500"))
     kill_agent(cluster.hosts[host])
     prelude = f"import os\nos.environ[{VARIABLE!r}] = '{moment}=stop'"
     cluster.start_agent(host, AgentSetup(prelude=prelude))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ NEWER = ("--kfd-minor", "12")  # has EXPORT_DMABUF, and imports on another GPU
 pytestmark = pytest.mark.timeout(400)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with Cluster.temporary() as made:
         for name in ("a", "b"):
@@ -41,10 +42,11 @@ class Sharers:
     """The program, and what its processes say."""
 
     def __init__(self, cluster: Cluster, *options: str) -> None:
-        self.log, self._end = cluster.folder / "log", cluster.folder / "end"
+        folder = Path(tempfile.mkdtemp(dir=cluster.folder))
+        self.log, self._end = folder / "log", folder / "end"
         command = ["-m", "tests.integration.sharers", "--log", str(self.log)]
         command += ["--until", str(self._end), *options]
-        self._output = cluster.folder / "output"
+        self._output = folder / "output"
         with self._output.open("ab") as output:
             self.process = cluster.workload("a", command, output=output.fileno())
         self.child = self.log.with_name("log.child")
@@ -93,9 +95,8 @@ def test_what_a_parent_writes_its_child_reads_after_a_move(cluster: Cluster) -> 
     program = Sharers(cluster, "--child")
     program.sees(program.child, 5)
     rows = migrate(cluster, "ps", "a").document["processes"]
-    assert [row["root"] for row in rows if row["pid"] != program.process.pid] == [
-        program.process.pid
-    ]
+    parent = program.process.pid
+    assert len([row for row in rows if row["root"] == parent and row["pid"] != parent]) == 1
     outcome = migrate(cluster, "run", "a", "b", str(program.process.pid))
     assert outcome.code == 0, outcome.document
     moved = outcome.report.bytes
@@ -155,7 +156,7 @@ def test_a_destination_agent_killed_while_it_holds_both_copies_leaves_none(
 def test_a_parent_and_a_child_come_out_of_an_image_sharing(cluster: Cluster) -> None:
     program = Sharers(cluster, "--child")
     program.sees(program.child, 5)
-    image = cluster.folder / "image"
+    image = program.log.with_name("image")
     stored = migrate(cluster, "checkpoint", "a", str(program.process.pid), str(image))
     assert stored.code == 0, stored.document
     assert stored.report.bytes.vram == SIZE

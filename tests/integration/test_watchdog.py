@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,20 +54,26 @@ def killed_at(cluster: Cluster, point: str, name: str) -> tuple[Job, ProcessRef]
 
 
 def states(cluster: Cluster) -> list[SourceState]:
+    """The states of the newest migration at a."""
     records = read_records(cluster.hosts["a"].root / "run" / "journal.db")
-    return [r.decode(StateRecord).state for r in records if r.kind == "source"]
+    last = newest(cluster)
+    return [
+        r.decode(StateRecord).state for r in records if (r.kind, r.migration) == ("source", last)
+    ]
 
 
-@pytest.fixture
-def pair(own_cluster: Cluster) -> Cluster:
-    for name in ("a", "b"):
-        own_cluster.add_host(name)
-    return own_cluster
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Cluster]:
+    """Each test kills the agent of a, and leaves an ordinary one."""
+    with Cluster.temporary() as made:
+        for name in ("a", "b"):
+            made.add_host(name)
+        yield made
 
 
 @pytest.mark.parametrize("point", ["source.frozen", "source.checkpointed", "source.prepared"])
 def test_a_source_that_was_not_granted_runs_again(pair: Cluster, point: str) -> None:
-    job, process = killed_at(pair, point, "left-alone")
+    job, process = killed_at(pair, point, f"left-{point}")
     died = time.monotonic()
     before = job.steps()
     # More steps than were in flight need threads that run and queues that are not paused.
@@ -77,6 +84,7 @@ def test_a_source_that_was_not_granted_runs_again(pair: Cluster, point: str) -> 
     pair.start_agent("a", AgentSetup())
     wait_until(lambda: states(pair)[-1] is SourceState.ROLLED_BACK, PATIENCE, "the agent's undo")
     job.runs_on()
+    job.finish()
 
 
 def test_a_granted_source_stays_frozen_and_its_copy_lives_on(pair: Cluster) -> None:
@@ -93,6 +101,7 @@ def test_a_granted_source_stays_frozen_and_its_copy_lives_on(pair: Cluster) -> N
     pair.start_agent("a", AgentSetup())
     wait_until(lambda: not procfs.is_alive(process), PATIENCE, "the frozen copy to be ended")
     job.runs_on()
+    job.finish()
 
 
 def test_a_job_that_was_let_go_and_ended_is_not_run_again(pair: Cluster) -> None:
@@ -104,15 +113,16 @@ def test_a_job_that_was_let_go_and_ended_is_not_run_again(pair: Cluster) -> None
     wait_until(lambda: states(pair)[-1] is SourceState.ROLLED_BACK, PATIENCE, "the agent's undo")
     assert SourceState.GRANTED not in states(pair)
     assert job.result() == result
-    assert migrate(pair, "show", migration(pair)).failure["reason"] in {
+    assert migrate(pair, "show", newest(pair)).failure["reason"] in {
         "MIGRATION_FAILED",
         "PROCESS_EXITED",
     }
 
 
-def migration(cluster: Cluster) -> str:
+def newest(cluster: Cluster) -> str:
+    """The newest migration at a."""
     records = read_records(cluster.hosts["a"].root / "run" / "journal.db")
-    return records[-1].migration
+    return [r.migration for r in records if r.kind == "request"][-1]
 
 
 def no_watchdog(cluster: Cluster) -> bool:

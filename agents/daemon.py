@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,6 +80,7 @@ class Agent:
         listener = TcpListener(data_host, data_port)
         self._receiver = Receiver(listener)
         revocations = Revocations(config.tls)
+        self._dialled = weakref.WeakSet[GrpcPeer]()
         self.sources = Sources(self.host, self._dial)
         data = (
             split_address(config.data_advertise) if config.data_advertise else ("", listener.port)
@@ -133,6 +135,9 @@ class Agent:
         undone = self.sources.stop()
         self.destinations.stop()
         self._server.stop(STOP_GRACE).wait()
+        # gRPC waits for ever for a connection that is open when the interpreter ends.
+        for peer in list(self._dialled):
+            peer.close()
         self._receiver.close()
         self._memory.stop()
         for close in self._closers:
@@ -184,7 +189,7 @@ class Agent:
             return ImagePeer(
                 name, self.config.name, self.sources.command_of, reading=self._images.reading
             )
-        return GrpcPeer(
+        peer = GrpcPeer(
             name,
             address,
             self.config.tls,
@@ -192,6 +197,8 @@ class Agent:
             source_address=self.address,
             store_id=self.journal.store_id,
         )
+        self._dialled.add(peer)
+        return peer
 
     def _peak(self) -> PeakMemory:
         peak = self._memory.peak

@@ -202,6 +202,15 @@ class Cluster:
         agent.send_signal(number)
         agent.wait(END_TIMEOUT)
 
+    def remove_host(self, name: str) -> None:
+        """End a host's agent, and its node if no other host stands on it."""
+        host = self.hosts.pop(name)
+        if host.agent is not None:
+            end(host.agent)
+        if all(other.node is not host.node for other in self.hosts.values()):
+            end(host.node)
+        self._write_inventory()
+
     def workload(
         self, host: str, command: Sequence[str], *, output: IO[bytes] | int = subprocess.DEVNULL
     ) -> subprocess.Popen[bytes]:

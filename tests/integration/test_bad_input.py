@@ -92,6 +92,8 @@ def whole() -> Iterator[Field]:
 @pytest.fixture
 def trouble(whole: Field) -> Iterator[Field]:
     yield whole
+    for name in set(whole.cluster.hosts) - {"a", "b"}:
+        whole.cluster.remove_host(name)
     whole.wire.alter = wires.unaltered
     assert is_there(whole.victim.pid)
     whole.victim.runs_on()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -115,6 +116,8 @@ def whole() -> Iterator[Field]:
 @pytest.fixture
 def field(whole: Field) -> Iterator[Field]:
     yield whole
+    for name in set(whole.cluster.hosts) - {"a", "b"}:
+        whole.cluster.remove_host(name)
     whole.job.runs_on()
 
 
@@ -179,6 +182,9 @@ def test_nothing_to_be_checked(field: Field) -> None:
 
 def test_an_option_that_the_engine_has_not_got(field: Field) -> None:
     assert field.refuses("ENGINE_UNSUPPORTED", "b", "--tcp-close") == ["ENGINE_UNSUPPORTED"]
+    # The agent has dialled b and ends all the same when it is told to.
+    field.cluster.kill_agent("a", signal.SIGTERM)
+    field.cluster.start_agent("a")
 
 
 @provokes("SVM_UNSUPPORTED")

@@ -67,13 +67,13 @@ $(WEIGHTS): $(STAMP)
 
 test: $(STAMP) $(WEIGHTS)
 	timeout --kill-after=10 $(LIMIT) $(BIN)/python -m pytest -q -m 'not soak and not lab' \
-	-n 2 --dist loadfile
+	-n 2 --dist loadfile --no-loadscope-reorder
 
 demo: $(STAMP)
 	$(BIN)/python -m migrate demo
 
 soak: $(STAMP)
-	$(BIN)/python -m pytest -q -m soak --timeout=3600 -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m soak --timeout=3600 -n 2 --dist loadfile --no-loadscope-reorder
 
 # One more stage than cores: a drill waits for much of its time.
 drills: $(STAMP)

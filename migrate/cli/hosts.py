@@ -42,6 +42,10 @@ class HostRow(Value):
     error: dict[str, str | int] | None = None
 
 
+# Made once: threads that decode a type for the first time together crash msgspec 0.22.
+_TOPOLOGY = msgspec.json.Decoder(Topology)
+
+
 @click.command("hosts")
 @click.argument("names", nargs=-1, metavar="[HOST]...")
 @click.pass_obj
@@ -81,7 +85,7 @@ def survey(inventory: Inventory, host: Host) -> HostRow:
 
 def _gpus(info: InfoReply) -> tuple[GpuRow, ...]:
     try:
-        topology = msgspec.json.decode(info.topology, type=Topology)
+        topology = _TOPOLOGY.decode(info.topology)
     except msgspec.DecodeError as error:
         raise ProtocolMismatch(f"the agent's topology can't be read: {error}") from error
     return tuple(

@@ -46,7 +46,7 @@ from tests.integration.lookers import (
 from tests.integration.wires import Wire
 
 PACE = 0.05  # seconds between steps: the twin of the victim has to make as many
-SLOW = ("--bandwidth", "1")  # MiB/s: pre-copy of the victim takes about fifteen seconds
+SLOW = ("--bandwidth", "0.1")  # MiB/s: longer than anybody waits
 
 
 @dataclass

@@ -50,13 +50,13 @@ def test_frozen_and_thawed_at_any_moment_loses_nothing(trio: list[Host], tmp_pat
     with job(trio[0], tmp_path, "thawed") as found:
         process = found.running()
         images: list[bytes] = []
-        for _ in range(25):
+        # On a busy machine it may not get to run between two freezes: then there are more.
+        while len(images) < 25 or len(set(images)) <= 5:
             images.append(engine.freeze(process).state)
             assert engine.is_frozen(process)
             engine.thaw(process)
             assert not engine.is_frozen(process)
             time.sleep(random.random() * 0.02)
-        assert len(set(images)) > 5, "it did not run on between the freezes"
         found.compare(found.finish())
 
 
@@ -85,16 +85,19 @@ def test_frozen_all_through_its_set_up_it_makes_everything_once(
     trio: list[Host], tmp_path: Path
 ) -> None:
     engine = trio[0].engine
-    with job(trio[0], tmp_path, "early") as found:
-        process = marked(found)
-        seen = set()
-        while (record := record_of(engine, process)) is None or record.phase == "setup":
-            seen.add(record.made if record else -1)
+    for attempt in range(20):
+        with job(trio[0], tmp_path, f"all-through{attempt}") as found:
+            process = marked(found)
+            seen = set()
+            while (record := record_of(engine, process)) is None or record.phase == "setup":
+                seen.add(record.made if record else -1)
+                engine.thaw(process)
             engine.thaw(process)
-        engine.thaw(process)
-        assert len(seen) > 3, "it was not frozen in its set-up"
-        found.running()
-        found.compare(found.finish())
+            found.running()
+            found.compare(found.finish())
+            if len(seen) > 3:
+                return
+    pytest.fail("never frozen more than a few times in its set-up")
 
 
 def test_moved_in_its_set_up_it_goes_on_with_the_next_object(

@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -139,10 +138,9 @@ def test_a_peer_that_ended_its_direction_and_does_not_read_is_noticed() -> None:
     near = connect_tcp("127.0.0.1", listener.port)
     far = listener.accept()
     far._sock.shutdown(socket.SHUT_WR)
-    began = time.monotonic()
+    # Not by TCP_USER_TIMEOUT, which would take 20 s and raises another error.
     with pytest.raises(BrokenPipeError, match="ended the stream"):
         send_for_ever(near)
-    assert time.monotonic() - began < 15  # TCP_USER_TIMEOUT would take 20
     for closing in (near, far, listener):
         closing.close()
 

@@ -92,7 +92,7 @@ def compiled(folder: Path, compiler: str) -> dict[str, int]:
         timeout=60,
     )
     output = subprocess.run(
-        [str(folder / "abi")], check=True, timeout=10, capture_output=True, text=True
+        [str(folder / "abi")], check=True, timeout=60, capture_output=True, text=True
     ).stdout
     pairs = (line.rsplit("=", 1) for line in output.splitlines())
     return {name: int(value) for name, value in pairs}

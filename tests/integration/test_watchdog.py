@@ -71,7 +71,14 @@ def pair() -> Iterator[Cluster]:
         yield made
 
 
-@pytest.mark.parametrize("point", ["source.frozen", "source.checkpointed", "source.prepared"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param("source.frozen", marks=pytest.mark.soak),
+        pytest.param("source.checkpointed", marks=pytest.mark.soak),
+        "source.prepared",
+    ],
+)
 def test_a_source_that_was_not_granted_runs_again(pair: Cluster, point: str) -> None:
     job, process = killed_at(pair, point, f"left-{point}")
     died = time.monotonic()

@@ -1,6 +1,9 @@
 """Every interleaving of the handover in a small world, and proof that the search has teeth."""
 
+from collections.abc import Sequence
+
 import pytest
+from _pytest.mark.structures import ParameterSet
 
 from migrate.orchestrator.handover import DestinationHandover
 from scenarios.simulate.model.mutations import MUTATIONS, OF_HOLD, planted
@@ -23,13 +26,18 @@ QUICK = (
 )
 
 
+def short(names: Sequence[str]) -> list[ParameterSet]:
+    """The first three in every run, all of them in the long one."""
+    return [pytest.param(name, marks=[pytest.mark.soak] * (n > 2)) for n, name in enumerate(names)]
+
+
 def test_no_interleaving_breaks_an_invariant_and_an_end_can_always_be_reached() -> None:
     found = Search(Bound(broken=0)).run()
     assert found.violation == ""
     assert found.states > 20_000
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", short(QUICK))
 def test_a_planted_bug_is_found(name: str) -> None:
     with planted(name):
         found = Search(Bound(broken=0)).run()
@@ -43,7 +51,7 @@ def test_with_a_kept_source_no_interleaving_breaks_an_invariant() -> None:
     assert found.states > 50_000
 
 
-@pytest.mark.parametrize("name", sorted(OF_HOLD))
+@pytest.mark.parametrize("name", short(sorted(OF_HOLD)))
 def test_a_planted_bug_of_the_kept_source_is_found(name: str) -> None:
     with planted(name):
         assert Search(Bound(broken=0, hold=True)).run().violation

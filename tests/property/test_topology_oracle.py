@@ -19,7 +19,7 @@ from migrate.topology.rules import RULE_NAMES
 from scenarios.bench.topology_machines import Question, question
 
 XGMI = 11
-SHORT, FULL = 1500, 10_000
+SHORT, FULL = 500, 10_000
 
 
 # ---------------------------------------------------------------- the rules, told again

@@ -14,6 +14,7 @@ import msgspec
 
 from agents.destination import Destinations
 from agents.source import Sources
+from migrate.decode import from_json
 from migrate.errors import (
     PermissionRefused,
     ProtocolMismatch,
@@ -37,7 +38,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 def parsed(data: bytes, kind: type[S]) -> S:
     """A JSON document of a peer. Raises ProtocolMismatch."""
     try:
-        return msgspec.json.decode(data, type=kind)
+        return from_json(data, kind)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ProtocolMismatch(f"{kind.__name__} can't be read: {error}") from error
 

@@ -31,6 +31,7 @@ import msgspec
 
 from agents.engines import ENGINES, make_engine
 from agents.logs import use_json_lines
+from migrate.decode import from_json
 from migrate.engine.seam import ProcessEngine, Survey
 from migrate.errors import AgentBusy, MigrateError, NoSuchProcess, UsageError
 from migrate.journal import Record, read_records
@@ -268,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s watchdog: %(message)s")
     if options.json_log:
         use_json_lines(options.json_log)
-    paths = msgspec.json.decode(options.paths, type=HostPaths)
+    paths = from_json(options.paths, HostPaths)
     rescue = Rescue(Path(paths.run), make_engine(options.engine, paths))
     while os.read(options.agent_fd, 1):
         continue

@@ -27,6 +27,7 @@ import grpc
 import msgspec
 
 from migrate import inventory as inventories
+from migrate.decode import from_json
 from migrate.errors import (
     AgentUnreachable,
     MigrateError,
@@ -381,6 +382,6 @@ BROKEN = frozenset({"AGENT_UNREACHABLE", "CERTIFICATE_REJECTED"})
 
 def _decoded(data: bytes, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(data, type=kind)
+        return from_json(data, kind)
     except msgspec.DecodeError as error:
         raise ProtocolMismatch(f"the agent's answer can't be read: {error}") from error

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from migrate.decode import convert
 from migrate.errors import UnknownHost, UsageError
 from migrate.model import Value
 
@@ -152,9 +153,9 @@ def _table(document: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _convert(value: object, kind: type[T], where: str) -> T:
-    """msgspec.convert(), whose errors are put as ``tls.key: expected a string, got int``."""
+    """convert(), whose errors are put as ``tls.key: expected a string, got int``."""
     try:
-        return msgspec.convert(value, kind)
+        return convert(value, kind)
     except msgspec.ValidationError as error:
         problem, _, path = str(error).partition(" - at ")
         path = path.strip("`").removeprefix("$").lstrip(".")

@@ -30,6 +30,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from migrate.decode import from_json
 from migrate.errors import JournalUnusable
 from migrate.model import Value
 
@@ -65,7 +66,7 @@ class Record(Value):
     def decode(self, type_: type[T]) -> T:
         """The payload. Raises JournalUnusable if it can't be read as *type_*."""
         try:
-            return msgspec.json.decode(self.data, type=type_)
+            return from_json(self.data, type_)
         except msgspec.DecodeError as error:
             raise JournalUnusable(
                 f"journal record {self.seq} ({self.kind}) can't be read: {error}"

@@ -13,6 +13,7 @@ from migrate.cli.following import follow
 from migrate.cli.output import Output
 from migrate.cli.reporting import render
 from migrate.cli.run import start
+from migrate.decode import from_json
 from migrate.errors import MigrationFailed
 from migrate.model import Value
 from migrate.orchestrator.plan import Options
@@ -124,7 +125,7 @@ def _migrated(
     workload.wait(30)
     gone = workload.returncode == -9 and not Path(f"/proc/{workload.pid}/fd").exists()
     wait_until(result.exists, RUN_TIMEOUT, "the moved workload's result")
-    return report, msgspec.json.decode(result.read_bytes(), type=Result), gone
+    return report, from_json(result.read_bytes(), Result), gone
 
 
 def _twin(cluster: Cluster, vram: int, steps: int) -> Result:
@@ -138,7 +139,7 @@ def _twin(cluster: Cluster, vram: int, steps: int) -> Result:
     result = cluster.folder / "twin.json"
     if not result.exists():
         raise MigrationFailed(f"the twin ended with {process.returncode} and no result")
-    return msgspec.json.decode(result.read_bytes(), type=Result)
+    return from_json(result.read_bytes(), Result)
 
 
 def _show(output: Output, report: Report, verdict: Verdict | None) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from agents.doctor.finding import Report
+from migrate.decode import from_json
 from scenarios.cluster import Cluster
 from scenarios.lab import conformance
 from scenarios.lab.host import Host
@@ -44,7 +45,7 @@ def lab() -> bytes | None:
 
 def write(folder: Path, name: str, document: bytes) -> None:
     """Write one report, indented, its host called what it is."""
-    report = msgspec.structs.replace(msgspec.json.decode(document, type=Report), host=name)
+    report = msgspec.structs.replace(from_json(document, Report), host=name)
     file = folder / f"doctor-{name}.json"
     file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     print(f"{file}: {report.worst}")

@@ -15,6 +15,7 @@ from migrate import inventory
 from migrate.cli.following import follow
 from migrate.cli.output import Output
 from migrate.cli.run import start
+from migrate.decode import from_json
 from migrate.model import Value
 from migrate.orchestrator.plan import Options
 from migrate.status import Status
@@ -115,7 +116,7 @@ class Result(msgspec.Struct, frozen=True):
 def _result(cluster: Cluster, name: str) -> Result:
     path = cluster.folder / f"{name}.json"
     wait_until(path.exists, JOB_TIMEOUT, f"the result of {name}")
-    return msgspec.json.decode(path.read_bytes(), type=Result)
+    return from_json(path.read_bytes(), Result)
 
 
 def main() -> int:

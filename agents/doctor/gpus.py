@@ -17,6 +17,7 @@ from migrate.dataplane.sdma import libdrm
 from migrate.dataplane.sdma.access import SdmaAccess
 from migrate.dataplane.sdma.card import Card
 from migrate.dataplane.vram import SAMPLE, measure
+from migrate.decode import from_json
 from migrate.kfd import uapi
 from migrate.kfd.file import open_device
 from migrate.kfd.probe import bo_record_size
@@ -165,7 +166,7 @@ def _measured(patient: Patient, gpu: Node, node: str, side: str) -> dict[str, fl
     )
     if done.returncode:
         raise OSError((done.stderr.strip().splitlines() or ["no output"])[-1])
-    return msgspec.json.decode(done.stdout, type=dict[str, float])
+    return from_json(done.stdout, dict[str, float])
 
 
 def _by_mmap(kfd_path: str, node: str, gpu_id: int) -> dict[str, float]:

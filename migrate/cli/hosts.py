@@ -10,6 +10,7 @@ import msgspec
 from migrate.cli.output import Output, error_document, size
 from migrate.cli.settings import Settings
 from migrate.client import agent
+from migrate.decode import from_json
 from migrate.errors import MigrateError, ProtocolMismatch
 from migrate.inventory import Host, Inventory
 from migrate.model import Value
@@ -40,10 +41,6 @@ class HostRow(Value):
     engine: str = ""
     gpus: tuple[GpuRow, ...] = ()
     error: dict[str, str | int] | None = None
-
-
-# Made once: threads that decode a type for the first time together crash msgspec 0.22.
-_TOPOLOGY = msgspec.json.Decoder(Topology)
 
 
 @click.command("hosts")
@@ -85,7 +82,7 @@ def survey(inventory: Inventory, host: Host) -> HostRow:
 
 def _gpus(info: InfoReply) -> tuple[GpuRow, ...]:
     try:
-        topology = _TOPOLOGY.decode(info.topology)
+        topology = from_json(info.topology, Topology)
     except msgspec.DecodeError as error:
         raise ProtocolMismatch(f"the agent's topology can't be read: {error}") from error
     return tuple(

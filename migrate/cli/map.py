@@ -11,6 +11,7 @@ import msgspec
 
 from migrate.cli.output import Output
 from migrate.cli.settings import Settings
+from migrate.decode import from_json
 from migrate.errors import MigrateError, NoSuchProcess, NotKfdProcess, ProtocolMismatch, UsageError
 from migrate.inventory import Inventory
 from migrate.kfd.sysfs import read_processes, read_topology, topology_root
@@ -204,8 +205,8 @@ def _from_agent(inventory: Inventory, name: str, pid: int | None) -> Machine:
         info = stub.Info(InfoRequest(), timeout=CALL)
         reply = stub.ListProcesses(ListProcessesRequest(), timeout=CALL)
     try:
-        topology = msgspec.json.decode(info.topology, type=Topology)
-        rows = msgspec.json.decode(reply.processes, type=list[ProcessRow])
+        topology = from_json(info.topology, Topology)
+        rows = from_json(reply.processes, list[ProcessRow])
     except msgspec.DecodeError as error:
         raise ProtocolMismatch(f"what the agent of {name} says can't be read: {error}") from error
     processes = {row.pid: row.vram for row in rows}

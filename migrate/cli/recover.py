@@ -7,6 +7,7 @@ import msgspec
 
 from migrate.cli.settings import Settings
 from migrate.client import agent
+from migrate.decode import from_json
 from migrate.report import RecoveryRow
 from migrate.rpc.pb.agent_pb2 import RecoverRequest
 
@@ -27,7 +28,7 @@ def recover_command(settings: Settings, host: str, migration: str) -> int:
     """
     with agent(settings.inventory, host) as stub:
         reply = stub.Recover(RecoverRequest(id=migration), timeout=CALL)
-    rows = msgspec.json.decode(reply.rows, type=list[RecoveryRow])
+    rows = from_json(reply.rows, list[RecoveryRow])
     output = settings.output
     if output.json:
         output.document({"schema": SCHEMA, "host": host, "rows": msgspec.to_builtins(rows)})

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from migrate.decode import convert
 from migrate.errors import DeployFailed, HostUnfit
 from migrate.model import Value
 
@@ -54,8 +55,8 @@ class Platform(Value):
 
 def platform_of(facts: Mapping[str, object]) -> Platform:
     """From what ``remote.probe`` found. Raises HostUnfit."""
-    python = msgspec.convert(facts["python"], tuple[int, int, int])
-    name, number = msgspec.convert(facts["libc"], tuple[str, str])
+    python = convert(facts["python"], tuple[int, int, int])
+    name, number = convert(facts["libc"], tuple[str, str])
     if python[:2] < OLDEST_PYTHON:
         raise HostUnfit(
             f"Python {'.'.join(map(str, python))} is too old",

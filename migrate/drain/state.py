@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from migrate.decode import from_json
 from migrate.errors import AgentBusy, UsageError
 from migrate.model import Value
 from migrate.report import ProcessRow
@@ -92,7 +93,7 @@ class StateFile:
     def load(self) -> State:
         """The drain that was not finished, or a new one. Raises UsageError."""
         try:
-            return msgspec.json.decode(self._path.read_bytes(), type=State)
+            return from_json(self._path.read_bytes(), State)
         except FileNotFoundError:
             return State(name=secrets.token_hex(8), host=self._host)
         except (OSError, msgspec.DecodeError) as error:

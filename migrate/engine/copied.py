@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from migrate.dataplane.access import MemoryAccess
+from migrate.decode import from_json
 from migrate.errors import FrameRejected, RestoreFailed
 from migrate.model import Value
 
@@ -131,7 +132,7 @@ class Places:
 
     def _placed(self) -> list[_Placed]:
         try:
-            return msgspec.json.decode(self._record.read_bytes(), type=list[_Placed])
+            return from_json(self._record.read_bytes(), list[_Placed])
         except OSError:
             return []
 

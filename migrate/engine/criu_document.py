@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from migrate.decode import from_msgpack
 from migrate.engine import copied
 from migrate.engine.copied import CopiedFile
 from migrate.errors import EngineUnsupported, FrameRejected
@@ -55,7 +56,7 @@ class CriuDocument(Value):
     def decode(cls, state: bytes) -> CriuDocument:
         """Raises EngineUnsupported for another version's, FrameRejected for a contradiction."""
         try:
-            found = msgspec.msgpack.decode(state, type=cls)
+            found = from_msgpack(state, cls)
         except msgspec.DecodeError as error:
             raise EngineUnsupported(f"the image of criu can't be read: {error}") from error
         for what, values in (

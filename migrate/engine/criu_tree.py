@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from migrate.decode import from_json
 from migrate.engine import cgroup, procfs
 from migrate.engine.cgroup import Cgroup
 from migrate.errors import CgroupUnusable, NoSuchProcess
@@ -104,7 +105,7 @@ class Trees:
     def record(self, root: ProcessRef) -> TreeRecord | None:
         """What is known of the tree of *root*."""
         try:
-            return msgspec.json.decode(self._path(root).read_bytes(), type=TreeRecord)
+            return from_json(self._path(root).read_bytes(), TreeRecord)
         except (OSError, msgspec.DecodeError):
             return None
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from migrate.decode import from_json
 from migrate.model import HostPaths
 from migrate.preflight.descriptors import descriptors
 from migrate.preflight.local import deleted
@@ -50,7 +51,7 @@ class Ghosts:
     def remove(self) -> None:
         """What a CRIU that is gone has left. Idempotent."""
         with contextlib.suppress(OSError, msgspec.DecodeError):
-            for name in msgspec.json.decode(self._record.read_bytes(), type=list[str]):
+            for name in from_json(self._record.read_bytes(), list[str]):
                 _remove(name)
         self.forget()
 

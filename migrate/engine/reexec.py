@@ -23,6 +23,7 @@ import msgspec
 
 from migrate.dataplane.access import MemoryAccess
 from migrate.dataplane.memory import ProcessMemoryAccess
+from migrate.decode import from_msgpack
 from migrate.engine import control, procfs
 from migrate.engine.document import Document, Member, Spawn, Tree
 from migrate.engine.held import Held, Started, here
@@ -342,6 +343,6 @@ def decode_document(state: bytes) -> Document:
 
 def _decoded(state: bytes, kind: type[D]) -> D:
     try:
-        return msgspec.msgpack.decode(state, type=kind)
+        return from_msgpack(state, kind)
     except msgspec.DecodeError as error:
         raise EngineUnsupported(f"the CPU image can't be read: {error}") from error

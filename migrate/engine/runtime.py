@@ -39,6 +39,7 @@ from typing import Self, TypeVar
 
 import msgspec
 
+from migrate.decode import from_msgpack
 from migrate.engine.document import KFD, Arena, Document, FileMapping, Finish, moved, with_gpu
 from migrate.engine.marker import Marker
 from migrate.engine.trampoline import EXECUTOR_FD, Trampoline, map_private
@@ -108,7 +109,7 @@ class Runtime:
     def state(self, kind: type[T]) -> T | None:
         """The record that was committed last, by this process or its predecessor."""
         if self._state is None and self._encoded:
-            self._state = msgspec.msgpack.decode(self._encoded, type=kind)
+            self._state = from_msgpack(self._encoded, kind)
         if self._state is not None and not isinstance(self._state, kind):
             raise TypeError(f"the record is a {type(self._state).__name__}")
         return self._state

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import msgspec
 
+from migrate.decode import from_msgpack
 from migrate.engine.document import Finish, Spawn
 from migrate.engine.executor import LetGo, Paused, serve
 from migrate.engine.wire import Kind, Message
@@ -162,7 +163,7 @@ def start_again(spawn: Spawn, executor: int) -> subprocess.Popen[bytes]:
 def _decoded(payload: bytes, kind: type[T]) -> T:
     """Raises OSError(EPROTO)."""
     try:
-        return msgspec.msgpack.decode(payload, type=kind)
+        return from_msgpack(payload, kind)
     except msgspec.DecodeError as error:
         raise OSError(errno.EPROTO, f"not a document of this version: {error}") from error
 

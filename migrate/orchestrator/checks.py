@@ -18,6 +18,7 @@ import msgspec
 from migrate.dataplane.chunks import DIGEST_SIZE, MIN_CHUNK, chunk_count
 from migrate.dataplane.keys import MAX_STREAMS
 from migrate.dataplane.messages import MAX_OBJECT_SIZE, ObjectKind
+from migrate.decode import from_msgpack
 from migrate.engine.seam import Blob, CpuRange
 from migrate.errors import PeerNonsense, UsageError
 from migrate.inventory import HOST_NAME, split_address
@@ -321,6 +322,6 @@ def _check_activity(ran: Activity) -> None:
 def decoded_order(data: bytes) -> RestoreOrder:
     """The order's msgpack. Raises PeerNonsense."""
     try:
-        return msgspec.msgpack.decode(data, type=RestoreOrder)
+        return from_msgpack(data, RestoreOrder)
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise PeerNonsense(f"the peer's order can't be read: {error}") from error

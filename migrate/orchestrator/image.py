@@ -26,6 +26,7 @@ from migrate.dataplane import keys
 from migrate.dataplane.channel import Check, never
 from migrate.dataplane.framefile import FileSender, read_frames
 from migrate.dataplane.session import Session
+from migrate.decode import from_json, from_msgpack
 from migrate.errors import FrameRejected, ImageBroken, ImageUsed, InsufficientDisk, UsageError
 from migrate.model import Value
 from migrate.orchestrator.plan import PROTOCOL, Needs, RestoreOrder
@@ -177,8 +178,7 @@ class Image:
 
     def _decoded(self, data: bytes, kind: type[T], *, json: bool = False) -> T:
         try:
-            decode = msgspec.json.decode if json else msgspec.msgpack.decode
-            return decode(data, type=kind)
+            return from_json(data, kind) if json else from_msgpack(data, kind)
         except msgspec.DecodeError as error:
             raise ImageBroken(f"{self.path}: can't be decoded: {error}") from error
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from migrate.decode import from_json
 from migrate.errors import UsageError
 from migrate.model import Value
 
@@ -44,6 +45,6 @@ def read(folder: Path) -> list[Issued]:
     except FileNotFoundError:
         return []
     try:
-        return [msgspec.json.decode(line, type=Issued) for line in lines if line.strip()]
+        return [from_json(line, Issued) for line in lines if line.strip()]
     except msgspec.DecodeError as error:
         raise UsageError(f"{folder / NAME} can't be read: {error}") from error

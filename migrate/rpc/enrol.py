@@ -19,6 +19,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from migrate.decode import from_json
 from migrate.errors import (
     AgentUnreachable,
     CertificateRejected,
@@ -114,7 +115,7 @@ def _ask(
 
 def _read(data: bytes, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(data, type=kind)
+        return from_json(data, kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolMismatch("the enrolment service's answer can't be read") from error
 

@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import msgspec
 
+from migrate.decode import from_json
 from migrate.errors import AgentBusy, MigrateError, ProtocolMismatch, UsageError
 from migrate.model import Value
 from migrate.rpc import tokens
@@ -181,7 +182,7 @@ def _check_request(request: bytes, name: str) -> None:
 
 def _parsed(body: bytes) -> EnrolRequest:
     try:
-        return msgspec.json.decode(body, type=EnrolRequest)
+        return from_json(body, EnrolRequest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolMismatch("the enrolment request can't be read") from error
 

@@ -14,6 +14,7 @@ from typing import NoReturn
 import grpc
 import msgspec
 
+from migrate.decode import from_json
 from migrate.errors import (
     AgentUnreachable,
     MigrateError,
@@ -54,7 +55,7 @@ def rebuilt(call: grpc.RpcError) -> MigrateError | None:
     """The MigrateError that the other side raised, None for a transport failure."""
     details = call.details() if isinstance(call, grpc.Call) else None
     try:
-        wire = msgspec.json.decode(details or "", type=WireError)
+        wire = from_json(details or "", WireError)
     except msgspec.DecodeError:
         return None
     return by_reason(wire.reason)(wire.message, advice=wire.advice)

@@ -9,6 +9,7 @@ from typing import TypeVar
 import grpc
 import msgspec
 
+from migrate.decode import from_json
 from migrate.errors import MigrateError, PeerLost, ProtocolMismatch
 from migrate.inventory import TlsFiles, split_address
 from migrate.model import GpuMap
@@ -196,6 +197,6 @@ def _answer(reply: peer_pb2.GrantReply) -> GrantReply:
 
 def _decoded(data: bytes, kind: type[S]) -> S:
     try:
-        return msgspec.json.decode(data, type=kind)
+        return from_json(data, kind)
     except (msgspec.DecodeError, ValueError) as error:
         raise ProtocolMismatch(f"the peer's {kind.__name__} can't be read: {error}") from error

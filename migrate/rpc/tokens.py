@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from migrate.decode import from_json
 from migrate.errors import PermissionRefused, UsageError
 from migrate.inventory import HOST_NAME
 from migrate.model import Value
@@ -141,7 +142,7 @@ def _record(folder: Path, id_: str) -> TokenRecord | None:
     if not _ID.fullmatch(id_):  # it becomes part of a path
         return None
     try:
-        return msgspec.json.decode((folder / f"{id_}.json").read_bytes(), type=TokenRecord)
+        return from_json((folder / f"{id_}.json").read_bytes(), TokenRecord)
     except (OSError, msgspec.DecodeError):
         return None
 

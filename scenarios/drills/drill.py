@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from migrate import faults
+from migrate.decode import convert
 from migrate.errors import UsageError
 from migrate.model import Value
 
@@ -130,7 +131,7 @@ def _drill(family: str, common: dict[str, Any], entry: dict[str, Any]) -> Drill:
     merged = {**common, **entry, "family": family}
     merged["expect"] = {**common.get("expect", {}), **entry.get("expect", {})}
     try:
-        drill = msgspec.convert(merged, Drill)
+        drill = convert(merged, Drill)
     except msgspec.ValidationError as error:
         raise UsageError(f"{family}: {entry.get('name', '?')}: {error}") from error
     _check(drill)

@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
 from migrate import inventory
 from migrate.cli.following import abort
+from migrate.decode import from_json
 from migrate.engine import procfs
 from migrate.kfd.sim.faults import Fault, arm
 from migrate.orchestrator.destination import CopyRecord
@@ -159,7 +158,7 @@ class Strike:
             for record in self._stage.sides["destination"].records()
             if record.kind == "copy" and record.migration == self.migration
         ]
-        return msgspec.json.decode(found[-1].data, type=CopyRecord).process.pid
+        return from_json(found[-1].data, CopyRecord).process.pid
 
 
 def wait_stopped(pid: int, timeout: float) -> None:

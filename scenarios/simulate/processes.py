@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from migrate.dataplane.access import MemoryAccess
+from migrate.decode import from_json
 from migrate.engine.seam import (
     Blob,
     CpuImage,
@@ -331,7 +332,7 @@ class Engine:
         """See ProcessEngine."""
         self.work(0.02, "the copy is started")
         self.fails("build", RestoreFailed("it ended at once"))
-        stints = msgspec.json.decode(image.state, type=int)
+        stints = from_json(image.state, int)
         copy = self.node.new_copy("destination", stints)
         self.node.world.tell(f"{self.node.name}: the copy exists")
         return Held(self, copy)

@@ -16,6 +16,7 @@ import time
 import msgspec
 import numpy as np
 
+from migrate.decode import convert
 from migrate.engine.runtime import Runtime, view
 from migrate.model import Value
 from scenarios.workloads import device
@@ -115,7 +116,7 @@ def main() -> None:
         parser.add_argument("--vram", type=int, required=True)
         parser.add_argument("--share", type=float, default=0.05)
         parser.add_argument("--log", required=True)
-        record = msgspec.convert(vars(parser.parse_args()), Record)
+        record = convert(vars(parser.parse_args()), Record)
     runtime.commit(record)
     program = Rewrite(runtime, record)
     while True:

@@ -29,6 +29,7 @@ from pathlib import Path
 import msgspec
 import xxhash
 
+from migrate.decode import convert
 from migrate.engine.runtime import SIGNAL, Runtime, view
 from migrate.errors import MigrateError, UsageError
 from scenarios.workloads import contents, device, steps
@@ -420,7 +421,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     parser.add_argument("--log", required=True, help="gets a line each step")
     parser.add_argument("--result", required=True, help="written once, at the end")
     parser.add_argument("--weights", help="safetensors file to fill the VRAM with")
-    return msgspec.convert(vars(parser.parse_args(arguments)), Config)
+    return convert(vars(parser.parse_args(arguments)), Config)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

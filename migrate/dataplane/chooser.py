@@ -34,7 +34,13 @@ MARGIN = 1.05  # a codec must promise this much more than raw
 WINDOW = 0.05  # seconds of a link measurement
 SATURATED = 0.5  # part of the streams' time spent sending that makes the link the bottleneck
 CREEP = 1.01
-SAMPLE = 32 << 10  # bytes
+# Bytes of a sample. zstd codes blocks of 128 KiB, each by itself: of byte planes a sample has one
+# each, or it shows neither how they differ nor how fast the noise among them goes.
+SAMPLES = {
+    Codec.ZSTD: 32 << 10,
+    Codec.PLANES2_ZSTD: 2 * (128 << 10),
+    Codec.PLANES4_ZSTD: 4 * (128 << 10),
+}
 SAMPLE_CREEP = 1.1  # how much faster than its runs a sample may make a codec look
 FIRST_INTERVAL, LAST_INTERVAL = 16, 256  # runs between samples of an object
 WEIGHT = 0.25  # of a new measurement in an average
@@ -233,15 +239,18 @@ class _Subject:
 
 
 class Trials:
-    """Which options bring more than raw runs do, and which are left alone. Not thread-safe."""
+    """Whether encoded runs bring more than raw ones, and what is left alone. Not thread-safe."""
 
     def __init__(self, streams: int) -> None:
         self._streams = streams
         self._raw = Pace(streams)  # what goes into empty buffers tells nothing
-        self._paces: dict[Option, Pace] = {}  # of those in use
-        self._won: set[Option] = set()  # of those in use: were better than raw, once
+        self._renew()
         self._pauses: dict[Option, int] = {}  # how long each was left alone the last time, in runs
         self._resting: dict[Option, int] = {}  # how long each still is
+
+    def _renew(self) -> None:
+        self._encoded = Pace(SETTLING * self._streams)  # by whatever options
+        self._won = False  # they were better than raw, once
 
     def began(self) -> None:
         """One more run, of whatever option."""
@@ -256,28 +265,27 @@ class Trials:
         if option == RAW:
             self._raw.ran(size, seconds)
         elif option not in self._resting:  # the last runs of one that was just rejected
-            self._judge(option, size, seconds)
+            self._encoded.ran(size, seconds)
+            self._judge(option)
 
-    def _judge(self, option: Option, size: int, seconds: float) -> None:
-        pace = self._paces.setdefault(option, Pace(SETTLING * self._streams))
-        pace.ran(size, seconds)
-        if pace.rate is None or pace.runs < TRIAL * self._streams:
+    def _judge(self, option: Option) -> None:
+        ours, raw = self._encoded, self._raw
+        if ours.rate is None or ours.runs < TRIAL * self._streams:
             return
-        if self._raw.rate is not None and pace.rate > self._raw.rate:
-            self._won.add(option)
-            self._pauses.pop(option, None)
+        if raw.rate is not None and ours.rate > raw.rate:
+            self._won = True
+            self._pauses.clear()
             return
-        if self._raw.rate is None or option in self._won:  # to be compared with what raw is now
+        if raw.rate is None or self._won:  # to be compared with what raw is now
             pause = SHORT_PAUSE
         else:
             pause = min(2 * self._pauses.get(option, FIRST_PAUSE), LAST_PAUSE)
             self._pauses[option] = pause
-        _log.debug("%s rests for %d runs: %s, raw %s a stream", option, pause, pace, self._raw)
-        self._resting[option] = pause
+        _log.debug("%s rests for %d runs: %s, raw %s a stream", option, pause, ours, raw)
         for other in OPTIONS:  # of which less was promised; its turn comes before this one's
             self._resting[other] = max(self._resting.get(other, 0), min(pause, FIRST_PAUSE))
-        self._won.clear()
-        self._paces.clear()
+        self._resting[option] = pause
+        self._renew()
 
 
 class AdaptiveChooser:
@@ -329,11 +337,12 @@ class AdaptiveChooser:
                 self._trials.ended(run.option, run.size, run.seconds + seconds)
 
     def _sample(self, encoder: Encoder, subject: _Subject, raw: memoryview) -> None:
-        start = max(0, (len(raw) - SAMPLE) // 2) & ~7
-        part = raw[start : start + SAMPLE]
         for option in OPTIONS:
             if option == subject.option:
                 continue  # measured by the runs themselves
+            size = SAMPLES[option.codec]
+            start = max(0, (len(raw) - size) // 2) & ~7
+            part = raw[start : start + size]
             began = self._clock()
             packed = len(encoder.encode(option.codec, part, option.level))
             seconds = self._clock() - began

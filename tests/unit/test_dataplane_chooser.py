@@ -13,7 +13,7 @@ from migrate.dataplane.chooser import (
     MEMORY,
     OPTIONS,
     RAW,
-    SAMPLE,
+    SAMPLES,
     SETTLING,
     SHORT_PAUSE,
     TRIAL,
@@ -157,6 +157,14 @@ def test_an_option_that_brings_more_stays_and_is_compared_anew_when_it_no_longer
     assert stream.runs(500, PLANES, 0.3e9) == 500
 
 
+def test_options_that_take_turns_are_judged_together() -> None:
+    trials = Trials(1)
+    stream = Stream(trials)
+    stream.runs(5, RAW, 1e9)
+    done = sum(stream.runs(1, option, 0.5e9) for option in OPTIONS * 10)
+    assert done == SETTLING + TRIAL
+
+
 def test_the_first_runs_of_an_option_wait_for_what_went_before_and_do_not_count() -> None:
     trials = Trials(2)
     stream = Stream(trials)
@@ -226,6 +234,17 @@ def test_floats_on_a_slow_link_go_as_planes_and_noise_as_raw() -> None:
     assert "zstd-1" in str(decision)
 
 
+def test_a_sample_of_planes_promises_what_a_run_of_them_gives() -> None:
+    """A block of zstd that two planes share would hide that one of them repeats."""
+    floats, encoder = brain_floats(), Encoder()
+    for codec in (Codec.PLANES2_ZSTD, Codec.PLANES4_ZSTD):
+        whole = len(floats) / len(encoder.encode(codec, floats))
+        part = floats[: SAMPLES[codec]]
+        assert len(part) / len(encoder.encode(codec, part)) == pytest.approx(whole, rel=0.05)
+        part = floats[: 32 << 10]
+        assert len(part) / len(encoder.encode(codec, part)) < 0.95 * whole
+
+
 class SlowRuns:
     """A clock by which whole runs take long and samples next to nothing: a busy machine."""
 
@@ -244,7 +263,7 @@ class SlowEncoder(Encoder):
         self._clock = clock
 
     def encode(self, codec: Codec, raw: memoryview, level: int = 1) -> memoryview:
-        self._clock.now += 10.0 if len(raw) > SAMPLE else 1e-5
+        self._clock.now += 10.0 if len(raw) > max(SAMPLES.values()) else 1e-5
         return super().encode(codec, raw, level)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from migrate.dataplane.vram import VramMode
+from migrate.decode import learn
 from migrate.errors import UsageError
 from migrate.inventory import HOST_NAME, TlsFiles, split_address
 from migrate.model import HostPaths, Value
@@ -53,6 +54,7 @@ class AgentConfig(Value):
 
 def load_config(path: Path) -> AgentConfig:
     """Read and check a file. Raises UsageError naming file and key."""
+    learn(AgentConfig)
     try:
         config = msgspec.toml.decode(path.read_bytes(), type=AgentConfig)
     except OSError as error:

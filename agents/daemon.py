@@ -81,6 +81,7 @@ class Agent:
         self._receiver = Receiver(listener)
         revocations = Revocations(config.tls)
         self._dialled = weakref.WeakSet[GrpcPeer]()
+        self._dialling = threading.Lock()
         self.sources = Sources(self.host, self._dial)
         data = (
             split_address(config.data_advertise) if config.data_advertise else ("", listener.port)
@@ -136,7 +137,9 @@ class Agent:
         self.destinations.stop()
         self._server.stop(STOP_GRACE).wait()
         # gRPC waits for ever for a connection that is open when the interpreter ends.
-        for peer in list(self._dialled):
+        with self._dialling:
+            dialled = list(self._dialled)
+        for peer in dialled:
             peer.close()
         self._receiver.close()
         self._memory.stop()
@@ -197,7 +200,8 @@ class Agent:
             source_address=self.address,
             store_id=self.journal.store_id,
         )
-        self._dialled.add(peer)
+        with self._dialling:
+            self._dialled.add(peer)
         return peer
 
     def _peak(self) -> PeakMemory:

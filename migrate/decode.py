@@ -15,7 +15,7 @@ import msgspec
 
 T = TypeVar("T")
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a finalizer may run, and decode, while a type is learnt
 _learnt: set[object] = set()
 
 

@@ -41,16 +41,19 @@ SAMPLES = {
     Codec.PLANES2_ZSTD: 2 * (128 << 10),
     Codec.PLANES4_ZSTD: 4 * (128 << 10),
 }
+SMALLEST = 32 << 10  # bytes of one, of an object that is not worth more
 SAMPLE_CREEP = 1.1  # how much faster than its runs a sample may make a codec look
 FIRST_INTERVAL, LAST_INTERVAL = 16, 256  # runs between samples of an object
 WEIGHT = 0.25  # of a new measurement in an average
 KEPT_DECISIONS = 64
-EVIDENCE = 1 << 20  # bytes of a run that is timed as a whole
+EVIDENCE = 1 << 20  # bytes of runs that are timed together, at least
 SETTLING = 2  # runs of each stream after a change that still wait for what went before
 TRIAL = 2  # runs of each stream that are then timed
 MEMORY = 16  # runs that a pace remembers
-FIRST_PAUSE, LAST_PAUSE = 64, 1024  # runs that a rejected option is left alone
-SHORT_PAUSE = 8  # runs by raw, to compare with anew, when one that was good is no more
+FIRST_PAUSE, LAST_PAUSE = 256 << 20, 2 << 30  # bytes that a rejected option is left alone
+OTHERS_PAUSE = 128 << 20  # bytes that the others are, of which less was promised
+SHORT_PAUSE = 16 << 20  # bytes by raw, to compare with anew, when what was good is no more
+LARGE = 8 << 20  # bytes of an object that whole samples are taken of
 
 
 class Option(Value):
@@ -163,23 +166,31 @@ def pack(encoder: Encoder, option: Option, raw: memoryview) -> Packed:
 
 
 class Pace:
-    """Raw bytes a second that one stream brings; the first *settling* runs are left out."""
+    """Raw bytes a second that one stream brings; the first *settling* runs are left out.
+
+    Runs are counted by ``EVIDENCE``: short ones together make one.
+    """
 
     def __init__(self, settling: int = 0) -> None:
         self.rate: float | None = None
         self.runs = -settling  # that are counted
+        self._size, self._seconds = 0, 0.0  # of short ones
 
     def __str__(self) -> str:
         return "unknown" if self.rate is None else f"{self.rate / 1e6:.0f} MB/s"
 
     def ran(self, size: int, seconds: float) -> None:
         """A run of *size* raw bytes was encoded and sent in so many seconds."""
-        self.runs += 1
-        if self.runs <= 0:
+        self._size += size
+        self._seconds += seconds
+        if self._size < EVIDENCE:
             return
-        new = size / max(seconds, 1e-9)
-        weight = max(1 / self.runs, 1 / MEMORY)
-        self.rate = new if self.rate is None else slowed(self.rate, new, weight)
+        new = self._size / max(self._seconds, 1e-9)
+        self._size, self._seconds = 0, 0.0
+        self.runs += 1
+        if self.runs > 0:
+            weight = max(1 / self.runs, 1 / MEMORY)
+            self.rate = new if self.rate is None else slowed(self.rate, new, weight)
 
 
 class LinkMeter:
@@ -188,25 +199,26 @@ class LinkMeter:
     def __init__(self, streams: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._streams = streams
         self._clock = clock
-        self._began = clock()
-        self._bytes = 0
-        self._busy = 0.0
+        self._restart(clock())
+        self._last = self._began  # when something was sent
         self.rate: float | None = None
 
     def sent(self, count: int, seconds: float) -> None:
         """Bytes that took so long to send."""
         now = self._clock()
-        if now - self._began > 10 * WINDOW:  # a pause between rounds tells nothing
-            self._restart(now)
-            return
+        if now - seconds - self._last > 10 * WINDOW:  # a pause between rounds tells nothing
+            self._restart(now - seconds)
+        self._last = now
         self._bytes += count
         self._busy += seconds
-        if now - self._began >= WINDOW:
+        self._runs += 1
+        # Of a slow link one run of each stream is longer than a window, and began before it.
+        if now - self._began >= WINDOW and self._runs >= 2 * self._streams:
             self._measure(now - self._began)
             self._restart(now)
 
     def _restart(self, now: float) -> None:
-        self._began, self._bytes, self._busy = now, 0, 0.0
+        self._began, self._bytes, self._busy, self._runs = now, 0, 0.0, 0
 
     def _measure(self, wall: float) -> None:
         rate = self._bytes / wall
@@ -245,16 +257,16 @@ class Trials:
         self._streams = streams
         self._raw = Pace(streams)  # what goes into empty buffers tells nothing
         self._renew()
-        self._pauses: dict[Option, int] = {}  # how long each was left alone the last time, in runs
+        self._pauses: dict[Option, int] = {}  # how long each was left alone the last time, in bytes
         self._resting: dict[Option, int] = {}  # how long each still is
 
     def _renew(self) -> None:
         self._encoded = Pace(SETTLING * self._streams)  # by whatever options
         self._won = False  # they were better than raw, once
 
-    def began(self) -> None:
-        """One more run, of whatever option."""
-        self._resting = {option: left - 1 for option, left in self._resting.items() if left > 1}
+    def began(self, size: int) -> None:
+        """One more run, of whatever option and so many bytes."""
+        self._resting = {o: left - size for o, left in self._resting.items() if left > size}
 
     def is_resting(self, option: Option) -> bool:
         """Whether it is left alone now."""
@@ -279,11 +291,11 @@ class Trials:
         if raw.rate is None or self._won:  # to be compared with what raw is now
             pause = SHORT_PAUSE
         else:
-            pause = min(2 * self._pauses.get(option, FIRST_PAUSE), LAST_PAUSE)
+            pause = min(2 * self._pauses.get(option, FIRST_PAUSE // 2), LAST_PAUSE)
             self._pauses[option] = pause
-        _log.debug("%s rests for %d runs: %s, raw %s a stream", option, pause, ours, raw)
-        for other in OPTIONS:  # of which less was promised; its turn comes before this one's
-            self._resting[other] = max(self._resting.get(other, 0), min(pause, FIRST_PAUSE))
+        _log.debug("%s rests for %d bytes: %s, raw %s a stream", option, pause, ours, raw)
+        for other in OPTIONS:  # their turn comes before this one's
+            self._resting[other] = max(self._resting.get(other, 0), min(pause, OTHERS_PAUSE))
         self._resting[option] = pause
         self._renew()
 
@@ -311,13 +323,13 @@ class AdaptiveChooser:
         """See Chooser."""
         with self._lock:
             subject = self._subjects.setdefault(info.id, _Subject())
-            self._trials.began()
+            self._trials.began(len(raw))
             due = self._meter.rate is not None and subject.until_sample <= 0
             subject.until_sample = subject.interval if due else subject.until_sample - 1
             if not due and subject.option is RAW and subject.judged == self._meter.rate:
                 return pack(encoder, RAW, raw)  # nothing is new
         if due:
-            self._sample(encoder, subject, raw)
+            self._sample(encoder, subject, raw, len(raw) if info.size >= LARGE else len(raw) // 8)
         with self._lock:
             option = self._decide(info, subject, due)
         began = self._clock()
@@ -333,14 +345,14 @@ class AdaptiveChooser:
         """See Chooser."""
         with self._lock:
             self._meter.sent(len(run.payload), seconds)
-            if run.size >= EVIDENCE:
-                self._trials.ended(run.option, run.size, run.seconds + seconds)
+            self._trials.ended(run.option, run.size, run.seconds + seconds)
 
-    def _sample(self, encoder: Encoder, subject: _Subject, raw: memoryview) -> None:
+    def _sample(self, encoder: Encoder, subject: _Subject, raw: memoryview, most: int) -> None:
+        """Try the options on parts of a run, of *most* bytes each."""
         for option in OPTIONS:
             if option == subject.option:
                 continue  # measured by the runs themselves
-            size = SAMPLES[option.codec]
+            size = min(SAMPLES[option.codec], max(most, SMALLEST))
             start = max(0, (len(raw) - size) // 2) & ~7
             part = raw[start : start + size]
             began = self._clock()

@@ -254,6 +254,7 @@ class MmapAccess:
                     raise MemoryGone(error.errno, f"can't be mapped: {error.strerror}") from error
                 pages = -(-self.size // mmap.PAGESIZE) * mmap.PAGESIZE
                 self._mapping = sigbus.Mapping(address_of(memoryview(self._map)), pages)
+            self._mapping.check()
             self._users += 1
             return self._mapping
 

@@ -20,6 +20,8 @@ from migrate.errors import MigrationFailed
 
 What = str | tuple[int, int]  # of a chunk; a tuple: the object and offset it is a duplicate of
 KEPT, ZERO, SENT = "kept", "zero", "sent"
+LENT = 1 << 20  # bytes of a piece whose copy is worth saving; pages of events, which the driver
+# itself may write to, are in buffers that are smaller
 MAX_ORIGINS = 1 << 14  # chunks remembered to find duplicates of; some 150 bytes each
 
 
@@ -83,7 +85,7 @@ class SpanScan:
 
     def _is_done_in_place(self, offset: int, length: int) -> bool:
         """Do what there is to do for a piece without a copy of it, if that can be."""
-        still, access = self._sink.round.still, self._access
+        still, access = self._sink.round.still and length >= LENT, self._access
         if not isinstance(access, InPlace) or not (still or self._is_held(offset, length)):
             return False
         with named(self._source.info, offset, MemoryGone), access.lend(offset, length) as data:

@@ -64,6 +64,11 @@ class Mapping:
         self.end = start + length
         self.broken = False
 
+    def check(self) -> None:
+        """Raises MemoryGone if a page of it was ever found missing."""
+        if self.broken:
+            raise MemoryGone(errno.EFAULT, "Bad address: pages of the object are gone")
+
 
 _now = threading.local()  # .mapping: what this thread copies from or to
 _lock = threading.Lock()
@@ -89,18 +94,14 @@ def reading(mapping: Mapping) -> Iterator[None]:
     """
     if not _ours:
         _install()
-    _check(mapping)
+    mapping.check()
+    outer: Mapping | None = getattr(_now, "mapping", None)
     _now.mapping = mapping
     try:
         yield
     finally:
-        _now.mapping = None
-    _check(mapping)
-
-
-def _check(mapping: Mapping) -> None:
-    if mapping.broken:
-        raise MemoryGone(errno.EFAULT, "Bad address: pages of the object are gone")
+        _now.mapping = outer
+    mapping.check()
 
 
 def _install() -> None:

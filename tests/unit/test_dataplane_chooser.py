@@ -12,6 +12,7 @@ from migrate.dataplane.chooser import (
     LAST_PAUSE,
     MEMORY,
     OPTIONS,
+    OTHERS_PAUSE,
     RAW,
     SAMPLES,
     SETTLING,
@@ -82,6 +83,23 @@ def test_a_saturated_link_is_measured() -> None:
     assert meter.rate == pytest.approx(125e6, rel=0.15)
 
 
+@pytest.mark.parametrize("streams", [1, 2])
+def test_a_link_of_which_a_run_takes_longer_than_a_pause_is_measured(streams: int) -> None:
+    """2 MiB/s in all: ``--bandwidth 2``."""
+    clock = Clock()
+    meter = LinkMeter(streams, clock)
+    for _ in range(20):
+        clock.now += 1.0
+        meter.sent(2 << 20, float(streams))
+    before = meter.rate
+    assert before == pytest.approx(2 << 20, rel=0.3)
+    clock.now += 100.0
+    for _ in range(2 * streams):
+        clock.now += 1.0
+        meter.sent(2 << 20, float(streams))
+    assert meter.rate == pytest.approx(before, rel=0.1), "a pause is no part of it"
+
+
 def test_an_idle_link_is_not_taken_for_a_slow_one() -> None:
     clock = Clock()
     meter = LinkMeter(1, clock)
@@ -104,28 +122,29 @@ def test_a_link_that_became_faster_or_slower_is_noticed() -> None:
 
 
 class Stream:
-    """Runs of 2 MiB through one stream, at speeds that are told."""
+    """Runs of *size* bytes through one stream, at speeds that are told."""
 
-    def __init__(self, trials: Trials) -> None:
+    def __init__(self, trials: Trials, size: int = 2 << 20) -> None:
         self._trials = trials
+        self._size = size
 
     def runs(self, count: int, option: Option, rate: float) -> int:
         """So many of an option, until it is left alone; those that were done."""
         for done in range(count):
             if self._trials.is_resting(option):
                 return done
-            self._trials.began()
-            self._trials.ended(option, 2 << 20, (2 << 20) / rate)
+            self._trials.began(self._size)
+            self._trials.ended(option, self._size, self._size / rate)
         return count
 
 
 def rested(trials: Trials, option: Option) -> int:
-    """Runs by raw until it is not left alone any more."""
+    """Bytes by raw until it is not left alone any more."""
     count = 0
     while trials.is_resting(option):
-        trials.began()
-        trials.ended(RAW, 2 << 20, (2 << 20) / 1e9)
-        count += 1
+        trials.began(1 << 20)
+        trials.ended(RAW, 1 << 20, (1 << 20) / 1e9)
+        count += 1 << 20
     return count
 
 
@@ -135,10 +154,10 @@ def test_an_option_that_brings_less_than_raw_is_left_alone_longer_each_time() ->
     stream.runs(5, RAW, 1e9)
     assert stream.runs(50, PLANES, 0.9e9) == SETTLING + TRIAL
     assert trials.is_resting(ZSTD), "of which less was promised"
-    assert rested(trials, ZSTD) == FIRST_PAUSE
-    assert rested(trials, PLANES) == FIRST_PAUSE
+    assert rested(trials, ZSTD) == OTHERS_PAUSE
+    assert rested(trials, PLANES) == FIRST_PAUSE - OTHERS_PAUSE
     assert stream.runs(50, PLANES, 0.9e9) == SETTLING + TRIAL
-    assert rested(trials, PLANES) == 4 * FIRST_PAUSE
+    assert rested(trials, PLANES) == 2 * FIRST_PAUSE
     for _ in range(9):
         stream.runs(50, PLANES, 0.9e9)
         pause = rested(trials, PLANES)
@@ -176,11 +195,20 @@ def test_the_first_runs_of_an_option_wait_for_what_went_before_and_do_not_count(
 def test_a_pace_is_that_of_all_runs_together() -> None:
     pace = Pace(1)
     for seconds in (1e-9, 1.0, 3.0):
-        pace.ran(100, seconds)
-    assert pace.rate == pytest.approx(50.0)
+        pace.ran(2 << 20, seconds)
+    assert pace.rate == pytest.approx(1 << 20)
     for _ in range(10 * MEMORY):
-        pace.ran(100, 4.0)
-    assert pace.rate == pytest.approx(25.0, rel=0.01)
+        pace.ran(2 << 20, 4.0)
+    assert pace.rate == pytest.approx(1 << 19, rel=0.01)
+
+
+def test_short_runs_are_judged_too_and_are_no_shorter_a_pause() -> None:
+    trials = Trials(1)
+    stream = Stream(trials, 64 << 10)
+    stream.runs(5 * 16, RAW, 1e9)
+    assert stream.runs(1000, PLANES, 0.5e9) == (SETTLING + TRIAL) * 16
+    assert stream.runs(1000, RAW, 1e9) == 1000
+    assert trials.is_resting(ZSTD), "62 MiB of its 128"
 
 
 class BusyDestination(AdaptiveChooser):

@@ -174,6 +174,33 @@ def test_pages_that_vanish_while_they_are_lent_are_an_error_then_and_for_good() 
     access.close()
 
 
+def test_pages_that_vanished_are_gone_for_good_whatever_else_went_wrong() -> None:
+    fd = memfd()
+    access = MmapAccess(fd, SIZE)
+    access.write(0, memoryview(b"x" * PIECE))
+    with pytest.raises(ConnectionResetError), access.lend(0, PIECE):  # noqa: PT012
+        with pytest.raises(MemoryGone):
+            look_while_it_vanishes(access, fd)
+        raise ConnectionResetError
+    os.ftruncate(fd, SIZE)
+    with pytest.raises(MemoryGone, match="Bad address"):
+        read(access, PIECE + 4096, 10)
+    access.close()
+
+
+def test_what_is_lent_may_vanish_after_something_else_was_copied() -> None:
+    fd = memfd()
+    access, other = MmapAccess(fd, SIZE), OnlyMmap(memfd(), SIZE)
+    access.write(0, memoryview(b"x" * PIECE))
+    with pytest.raises(MemoryGone, match="Bad address"), access.lend(0, PIECE) as data:  # noqa: PT012
+        assert data is not None
+        read(other, 0, 10)
+        os.ftruncate(fd, 4096)
+        digests_of(data, 256 << 10)
+    other.close()
+    access.close()
+
+
 def test_an_error_that_still_has_a_view_keeps_no_one_from_closing() -> None:
     access = MmapAccess(memfd(), SIZE)
     access.write(0, memoryview(b"x" * PIECE))

@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from migrate.dataplane.vram import VramMode
-from migrate.decode import learn
+from migrate.decode import from_toml
 from migrate.errors import UsageError
 from migrate.inventory import HOST_NAME, TlsFiles, split_address
 from migrate.model import HostPaths, Value
@@ -54,9 +54,8 @@ class AgentConfig(Value):
 
 def load_config(path: Path) -> AgentConfig:
     """Read and check a file. Raises UsageError naming file and key."""
-    learn(AgentConfig)
     try:
-        config = msgspec.toml.decode(path.read_bytes(), type=AgentConfig)
+        config = from_toml(path.read_bytes(), AgentConfig)
     except OSError as error:
         raise UsageError(f"can't read {path}: {error.strerror}", advice=ADVICE) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

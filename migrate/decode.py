@@ -21,23 +21,29 @@ _learnt: set[object] = set()
 
 def from_json(data: bytes | str, kind: type[T]) -> T:
     """Raises msgspec.DecodeError, of which ValidationError is one."""
-    learn(kind)
+    _learn(kind)
     return msgspec.json.decode(data, type=kind)
 
 
 def from_msgpack(data: bytes | memoryview, kind: type[T]) -> T:
     """Raises msgspec.DecodeError, of which ValidationError is one."""
-    learn(kind)
+    _learn(kind)
     return msgspec.msgpack.decode(data, type=kind)
 
 
+def from_toml(data: bytes, kind: type[T]) -> T:
+    """Raises msgspec.DecodeError, of which ValidationError is one."""
+    _learn(kind)
+    return msgspec.toml.decode(data, type=kind)
+
+
 def convert(value: object, kind: type[T]) -> T:
-    """What is decoded but not typed yet, as from TOML. Raises msgspec.ValidationError."""
-    learn(kind)
+    """What is decoded but not typed yet. Raises msgspec.ValidationError."""
+    _learn(kind)
     return msgspec.convert(value, kind)
 
 
-def learn(kind: object) -> None:
+def _learn(kind: object) -> None:
     """Have msgspec know a type, and all that it is made of."""
     if kind not in _learnt:
         with _lock:

@@ -105,14 +105,12 @@ class SpanScan:
     def _is_kept(self, offset: int, data: memoryview) -> bool:
         """Whether the destination holds all of a piece as it is."""
         source, chunk, length = self._source, self._source.info.chunk, len(data)
-        first, count = offset // chunk, chunk_count(length, chunk)
-        parts = digests_of(data, chunk)
-        found = b"".join(parts)
+        first, found = offset // chunk, b"".join(digests_of(data, chunk))
         differs = source.held.differing(first, found)
         if any(differs):
             return False
         source.seen.set_run(first, found)
-        self._count(offset, length, differs, [False] * count, plain=False)
+        self._count(offset, length, differs, [False] * len(differs), plain=False)
         if self._zero_from < 0:
             self._done = offset + length
         return True

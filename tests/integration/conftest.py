@@ -23,3 +23,12 @@ def own_cluster() -> Iterator[Cluster]:
     """An empty cluster for a test that breaks things."""
     with Cluster.temporary() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Cluster]:
+    """Two hosts, a and b, for one file: a test that ends an agent leaves an ordinary one."""
+    with Cluster.temporary() as pair:
+        for name in ("a", "b"):
+            pair.add_host(name)
+        yield pair

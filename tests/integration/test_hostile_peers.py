@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -39,18 +39,10 @@ SLOW = ("--bandwidth", "2")  # MiB/s
 STRANGERS = 1000
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with Cluster.temporary() as made:
-        for name in ("a", "b"):
-            made.add_host(name)
-        yield made
-
-
-def caller(cluster: Cluster, files: TlsFiles, name: str = "a") -> GrpcPeer:
+def caller(pair: Cluster, files: TlsFiles, name: str = "a") -> GrpcPeer:
     return GrpcPeer(
         "b",
-        cluster.hosts["b"].address,
+        pair.hosts["b"].address,
         files,
         source=name,
         source_address="127.0.0.1:1",
@@ -58,62 +50,62 @@ def caller(cluster: Cluster, files: TlsFiles, name: str = "a") -> GrpcPeer:
     )
 
 
-def reserve(cluster: Cluster, peer: GrpcPeer, migration: str) -> Reservation:
-    topology = read_topology(cluster.hosts["a"].paths.topology)
+def reserve(pair: Cluster, peer: GrpcPeer, migration: str) -> Reservation:
+    topology = read_topology(pair.hosts["a"].paths.topology)
     gpus = tuple(gpu.gpu_id for gpu in topology.gpus)
     kfd = KfdNeeds(
         identities=tuple((gpu, gpu) for gpu in gpus),
         gpus=gpus,
         vram=dict.fromkeys(gpus, 4096),
-        priv_bo_size=bo_record_size(cluster.hosts["a"].paths),
+        priv_bo_size=bo_record_size(pair.hosts["a"].paths),
     )
     needs = Needs(processes=(kfd,), memory=1 << 20, quota=1 << 20)
     move = Move(engine="reexec", needs=needs, topology=topology, options=Options())
     return peer.reserve(migration, move)
 
 
-def is_refused(cluster: Cluster, files: TlsFiles, *errors: type[MigrateError]) -> None:
+def is_refused(pair: Cluster, files: TlsFiles, *errors: type[MigrateError]) -> None:
     """Nothing of the Peer service is answered to these files."""
     calls: tuple[Callable[[GrpcPeer], object], ...] = (
-        lambda peer: reserve(cluster, peer, "feed"),
+        lambda peer: reserve(pair, peer, "feed"),
         lambda peer: peer.grant("feed", b"token"),
         lambda peer: peer.cancel("feed", "why"),
         lambda peer: peer.query("feed"),
     )
     for call in calls:
-        peer = caller(cluster, files)
+        peer = caller(pair, files)
         with pytest.raises(errors):
             call(peer)
         peer.close()
-    assert states(cluster.hosts["b"], "feed", "destination") == []
+    assert states(pair.hosts["b"], "feed", "destination") == []
 
 
 # ---------------------------------------------------------------- who is who
 
 
 @pytest.mark.parametrize("role", [Role.VIEWER, Role.OPERATOR, Role.ADMIN])
-def test_no_person_is_an_agent(cluster: Cluster, role: Role) -> None:
-    is_refused(cluster, cluster.certificate(f"person-{role}", role), PermissionRefused)
+def test_no_person_is_an_agent(pair: Cluster, role: Role) -> None:
+    is_refused(pair, pair.certificate(f"person-{role}", role), PermissionRefused)
 
 
-def test_an_agent_that_is_not_allowed(cluster: Cluster) -> None:
-    files = cluster.certificate("stranger", Role.AGENT)
-    is_refused(cluster, files, PermissionRefused)
+def test_an_agent_that_is_not_allowed(pair: Cluster) -> None:
+    files = pair.certificate("stranger", Role.AGENT)
+    is_refused(pair, files, PermissionRefused)
     with pytest.raises(PermissionRefused, match="may not send processes here"):
-        reserve(cluster, caller(cluster, files, "stranger"), "feed")
+        reserve(pair, caller(pair, files, "stranger"), "feed")
 
 
-def test_an_agent_can_not_speak_for_another(cluster: Cluster) -> None:
-    files = cluster.certificate("c", Role.AGENT)  # c is in allow_from, too
+def test_an_agent_can_not_speak_for_another(pair: Cluster) -> None:
+    files = pair.certificate("c", Role.AGENT)  # c is in allow_from, too
     with pytest.raises(PermissionRefused, match="can't speak for 'a'"):
-        reserve(cluster, caller(cluster, files, "a"), "feed")
+        reserve(pair, caller(pair, files, "a"), "feed")
 
 
-def test_only_the_source_of_a_migration_may_speak_of_it(cluster: Cluster) -> None:
+def test_only_the_source_of_a_migration_may_speak_of_it(pair: Cluster) -> None:
     """c is allowed to send processes, and still nothing of a's is its business."""
-    ours = caller(cluster, cluster.certificate("a", Role.AGENT))
-    other = caller(cluster, cluster.certificate("c", Role.AGENT), "c")
-    reserve(cluster, ours, "cafe")
+    ours = caller(pair, pair.certificate("a", Role.AGENT))
+    other = caller(pair, pair.certificate("c", Role.AGENT), "c")
+    reserve(pair, ours, "cafe")
     for attempt in (
         lambda: other.grant("cafe", b""),
         lambda: other.cancel("cafe", "why"),
@@ -121,45 +113,45 @@ def test_only_the_source_of_a_migration_may_speak_of_it(cluster: Cluster) -> Non
     ):
         with pytest.raises(PermissionRefused, match="not c's"):
             attempt()
-    assert states(cluster.hosts["b"], "cafe", "destination") == ["RESERVED"]
+    assert states(pair.hosts["b"], "cafe", "destination") == ["RESERVED"]
     with pytest.raises(MigrateError, match="known here already"):  # replayed
-        reserve(cluster, ours, "cafe")
+        reserve(pair, ours, "cafe")
     with pytest.raises(MigrateError, match="not of the copy at hand"):
         ours.grant("cafe", b"a token from another time")
     assert ours.cancel("cafe", "done")
     assert ours.grant("beef", b"").answer is Answer.NO_RECORD  # never a refusal
 
 
-def test_an_expired_certificate(cluster: Cluster) -> None:
+def test_an_expired_certificate(pair: Cluster) -> None:
     then = datetime.now(UTC) - timedelta(days=400)
-    files = issue(cluster.authority, "a", Role.AGENT, cluster.folder / "expired", now=then)
-    is_refused(cluster, files, CertificateRejected)
+    files = issue(pair.authority, "a", Role.AGENT, pair.folder / "expired", now=then)
+    is_refused(pair, files, CertificateRejected)
 
 
-def test_a_revoked_agent_and_its_reservation(cluster: Cluster) -> None:
+def test_a_revoked_agent_and_its_reservation(pair: Cluster) -> None:
     """Refused at once, on the connection that it has; what it had reserved is given up."""
-    files = cluster.certificate("d", Role.AGENT)
-    peer = caller(cluster, files, "d")
-    reserve(cluster, peer, "dead")
-    revoke(cluster.authority, "d")
+    files = pair.certificate("d", Role.AGENT)
+    peer = caller(pair, files, "d")
+    reserve(pair, peer, "dead")
+    revoke(pair.authority, "d")
     with pytest.raises(CertificateRejected, match="d was revoked"):
         peer.query("dead")
-    is_refused(cluster, files, CertificateRejected)
+    is_refused(pair, files, CertificateRejected)
     wait_until(
-        lambda: states(cluster.hosts["b"], "dead", "destination")[-1] == "ABORTED",
+        lambda: states(pair.hosts["b"], "dead", "destination")[-1] == "ABORTED",
         60,
         "its reservation to end",
     )
 
 
-def test_the_roles_of_people_on_a_running_agent(cluster: Cluster) -> None:
-    hosts = load(cluster.inventory).hosts
+def test_the_roles_of_people_on_a_running_agent(pair: Cluster) -> None:
+    hosts = load(pair.inventory).hosts
 
     def as_(role: Role, *command: str) -> int:
-        path = cluster.folder / f"{role}.toml"
-        tls = cluster.certificate(f"a-{role}", role)
+        path = pair.folder / f"{role}.toml"
+        tls = pair.certificate(f"a-{role}", role)
         path.write_text(to_toml(Inventory(tls=tls, hosts=hosts)))
-        return migrate(cluster, *command, inventory=path).code
+        return migrate(pair, *command, inventory=path).code
 
     denied, unknown = PermissionRefused.exit_code, UnknownMigration.exit_code
     decision = ("resolve", "feed", "--owner", "a", "--fenced", "b")
@@ -192,9 +184,9 @@ def drip(held: list[socket.socket], stop: threading.Event) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_thousand_strangers_and_a_migration(cluster: Cluster) -> None:
-    job = start_job(cluster, "a", "crowded")
-    source, destination = cluster.hosts["a"], cluster.hosts["b"]
+def test_a_thousand_strangers_and_a_migration(pair: Cluster) -> None:
+    job = start_job(pair, "a", "crowded")
+    source, destination = pair.hosts["a"], pair.hosts["b"]
     agent = destination.agent
     assert agent is not None
     held: list[socket.socket] = []
@@ -202,7 +194,7 @@ def test_a_thousand_strangers_and_a_migration(cluster: Cluster) -> None:
     dripping = threading.Thread(target=drip, args=(held, stop))
     dripping.start()
     try:
-        migration = started(cluster, "a", "b", str(job.pid), *SLOW)
+        migration = started(pair, "a", "b", str(job.pid), *SLOW)
         wait_state(source, migration, "source", "ACTIVE")
         control = int(destination.address.rpartition(":")[2])
         for port in (control, *listening(agent.pid, control)):
@@ -216,12 +208,12 @@ def test_a_thousand_strangers_and_a_migration(cluster: Cluster) -> None:
             sock.close()
     assert (report["status"], report["running"]) == ("completed", "destination"), report
     assert agent.poll() is None
-    comes_out_right(cluster, job)
+    comes_out_right(pair, job)
     deadline = time.monotonic() + 60
     while len(os.listdir(f"/proc/{agent.pid}/fd")) > 200:
         assert time.monotonic() < deadline, "connections of strangers stay"
         time.sleep(0.5)
-    assert migrate(cluster, "hosts").code == 0
+    assert migrate(pair, "hosts").code == 0
 
 
 def listening(pid: int, *known: int) -> list[int]:
@@ -238,15 +230,15 @@ def listening(pid: int, *known: int) -> list[int]:
     return sorted(ports - set(known))
 
 
-def test_secrets_are_nowhere(cluster: Cluster) -> None:
+def test_secrets_are_nowhere(pair: Cluster) -> None:
     """Keys and session secrets: in no log, journal, argument, environment or title."""
-    ours = caller(cluster, cluster.certificate("a", Role.AGENT))
-    got = reserve(cluster, ours, "5ec3e7")
-    job = start_job(cluster, "a", "secretive")
-    outcome = migrate(cluster, "run", "a", "b", str(job.pid))
+    ours = caller(pair, pair.certificate("a", Role.AGENT))
+    got = reserve(pair, ours, "5ec3e7")
+    job = start_job(pair, "a", "secretive")
+    outcome = migrate(pair, "run", "a", "b", str(job.pid))
     assert outcome.code == 0, outcome.document
     secrets = [form(got.session_secret) for form in (bytes, base64.b64encode, _hex)]
-    keys = list(cluster.folder.rglob("*.key"))
+    keys = list(pair.folder.rglob("*.key"))
     for key in keys:
         assert key.stat().st_mode & 0o777 == 0o600, key
         # PKCS #8 of a P-256 key: its private number lies in the first 69 bytes, so in the first
@@ -254,7 +246,7 @@ def test_secrets_are_nowhere(cluster: Cluster) -> None:
         secrets += key.read_bytes().splitlines()[1:3]
     assert len(secrets) > 3
     texts: dict[str, bytes] = {"the report": repr(outcome.document).encode()}
-    for path in cluster.folder.rglob("*"):
+    for path in pair.folder.rglob("*"):
         if path.is_file() and path.suffix != ".key":
             texts[str(path)] = path.read_bytes()
     assert any("audit.jsonl" in name for name in texts)
@@ -274,8 +266,8 @@ def _hex(data: bytes) -> bytes:
     return data.hex().encode()
 
 
-def test_who_speaks_no_tls_hears_nothing(cluster: Cluster) -> None:
-    host, _, port = cluster.hosts["b"].address.rpartition(":")
+def test_who_speaks_no_tls_hears_nothing(pair: Cluster) -> None:
+    host, _, port = pair.hosts["b"].address.rpartition(":")
     with socket.create_connection((host, int(port)), 60) as sock:
         sock.settimeout(60)
         with contextlib.suppress(OSError):
@@ -283,15 +275,15 @@ def test_who_speaks_no_tls_hears_nothing(cluster: Cluster) -> None:
             assert b"grpc" not in sock.recv(4096)
 
 
-def test_a_message_that_is_too_large(cluster: Cluster) -> None:
-    ours = caller(cluster, cluster.certificate("a", Role.AGENT))
+def test_a_message_that_is_too_large(pair: Cluster) -> None:
+    ours = caller(pair, pair.certificate("a", Role.AGENT))
     with pytest.raises(MigrateError, match=r"RESOURCE_EXHAUSTED|larger than max"):
         ours.cancel("feed", "x" * (65 << 20))
     assert ours.grant("feed", b"").answer is Answer.NO_RECORD
 
 
-def test_nobody_listens_at_a_port_of_the_past(cluster: Cluster) -> None:
-    files = cluster.certificate("a", Role.AGENT)
+def test_nobody_listens_at_a_port_of_the_past(pair: Cluster) -> None:
+    files = pair.certificate("a", Role.AGENT)
     peer = GrpcPeer(
         "b",
         f"127.0.0.1:{free_port()}",
@@ -301,4 +293,4 @@ def test_nobody_listens_at_a_port_of_the_past(cluster: Cluster) -> None:
         store_id="0" * 32,
     )
     with pytest.raises(AgentUnreachable):
-        reserve(cluster, peer, "feed")
+        reserve(pair, peer, "feed")

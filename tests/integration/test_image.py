@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,11 @@ pytestmark = pytest.mark.timeout(400)  # a job and its twin, on a busy machine
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with Cluster.temporary() as found:
-        for name in ("a", "b"):
-            found.add_host(name)
-        yield found
-
-
-@pytest.fixture(scope="module")
-def stored(cluster: Cluster) -> tuple[Job, Path]:
+def stored(pair: Cluster) -> tuple[Job, Path]:
     """A job that was put into an image and ended."""
-    job = start_job(cluster, "a", "stored")
-    image = cluster.folder / "stored-image"
-    outcome = checkpoint(cluster, job, image)
+    job = start_job(pair, "a", "stored")
+    image = pair.folder / "stored-image"
+    outcome = checkpoint(pair, job, image)
     assert outcome.code == 0, outcome.document
     report = outcome.document
     assert (report["status"], report["running"]) == ("completed", "nowhere")
@@ -38,8 +29,8 @@ def stored(cluster: Cluster) -> tuple[Job, Path]:
     return job, image
 
 
-def checkpoint(cluster: Cluster, job: Job, image: Path, *options: str) -> Outcome:
-    return migrate(cluster, "checkpoint", "a", str(job.pid), str(image), *options)
+def checkpoint(pair: Cluster, job: Job, image: Path, *options: str) -> Outcome:
+    return migrate(pair, "checkpoint", "a", str(job.pid), str(image), *options)
 
 
 def copy_of(image: Path, name: str) -> Path:
@@ -57,25 +48,25 @@ def refused(outcome: Outcome, error: type[errors.MigrateError], *said: str) -> N
 
 
 def test_restored_elsewhere_it_comes_to_the_same_end(
-    cluster: Cluster, stored: tuple[Job, Path]
+    pair: Cluster, stored: tuple[Job, Path]
 ) -> None:
     job, image = stored
     assert (image.stat().st_mode & 0o777, (image / "secret").stat().st_mode & 0o777) == (
         0o700,
         0o600,
     )
-    outcome = migrate(cluster, "restore", "b", str(image))
+    outcome = migrate(pair, "restore", "b", str(image))
     assert outcome.code == 0, outcome.document
     assert outcome.document["chunks_verified"] > 0
     assert procfs.is_alive(procfs.reference(outcome.document["pid"]))
-    assert len(comes_out_right(cluster, job)["pids"]) == 2
-    refused(migrate(cluster, "restore", "a", str(image)), errors.ImageUsed, "was restored on b")
+    assert len(comes_out_right(pair, job)["pids"]) == 2
+    refused(migrate(pair, "restore", "a", str(image)), errors.ImageUsed, "was restored on b")
 
 
-def test_left_running_the_process_goes_on(cluster: Cluster) -> None:
-    job = start_job(cluster, "a", "left")
-    image = cluster.folder / "left-image"
-    outcome = checkpoint(cluster, job, image, "--leave-running", "--precopy")
+def test_left_running_the_process_goes_on(pair: Cluster) -> None:
+    job = start_job(pair, "a", "left")
+    image = pair.folder / "left-image"
+    outcome = checkpoint(pair, job, image, "--leave-running", "--precopy")
     assert outcome.code == 0, outcome.document
     report = outcome.document
     assert (report["status"], report["owner"], report["running"]) == (
@@ -98,38 +89,38 @@ def test_left_running_the_process_goes_on(cluster: Cluster) -> None:
     ],
 )
 def test_an_altered_image_is_refused(
-    cluster: Cluster, stored: tuple[Job, Path], name: str, position: int, said: str
+    pair: Cluster, stored: tuple[Job, Path], name: str, position: int, said: str
 ) -> None:
     image = copy_of(stored[1], f"altered-{name}-{position}")
     (image / "restored").unlink(missing_ok=True)
     data = bytearray((image / name).read_bytes())
     data[position] ^= 1
     (image / name).write_bytes(data)
-    refused(migrate(cluster, "restore", "b", str(image)), errors.ImageBroken, str(image), said)
+    refused(migrate(pair, "restore", "b", str(image)), errors.ImageBroken, str(image), said)
     assert not (image / "restored").exists()
 
 
-def test_a_torn_image_is_refused(cluster: Cluster, stored: tuple[Job, Path]) -> None:
+def test_a_torn_image_is_refused(pair: Cluster, stored: tuple[Job, Path]) -> None:
     image = copy_of(stored[1], "torn")
     (image / "restored").unlink(missing_ok=True)
     whole = (image / "frames").read_bytes()
     (image / "frames").write_bytes(whole[: len(whole) // 2])
-    refused(migrate(cluster, "restore", "b", str(image)), errors.ImageBroken, "frames", "cut off")
+    refused(migrate(pair, "restore", "b", str(image)), errors.ImageBroken, "frames", "cut off")
     (image / "frames").write_bytes(whole)
     (image / "manifest").unlink()
-    refused(migrate(cluster, "restore", "b", str(image)), errors.ImageBroken, "no complete image")
+    refused(migrate(pair, "restore", "b", str(image)), errors.ImageBroken, "no complete image")
 
 
-def test_a_folder_that_exists_is_left_alone(cluster: Cluster) -> None:
-    job = start_job(cluster, "a", "occupied")
-    taken = cluster.folder / "taken"
+def test_a_folder_that_exists_is_left_alone(pair: Cluster) -> None:
+    job = start_job(pair, "a", "occupied")
+    taken = pair.folder / "taken"
     taken.mkdir()
     (taken / "mine").write_text("kept")
-    outcome = checkpoint(cluster, job, taken)
+    outcome = checkpoint(pair, job, taken)
     assert outcome.code == errors.UsageError.exit_code, outcome.document
     assert (taken / "mine").read_text() == "kept"
     job.runs_on()
     for path in ("relative", "/a/../b"):
-        outcome = migrate(cluster, "checkpoint", "a", str(job.pid), path)
+        outcome = migrate(pair, "checkpoint", "a", str(job.pid), path)
         assert outcome.code == errors.UsageError.exit_code, outcome.document
     job.finish()

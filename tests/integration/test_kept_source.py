@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 
 import pytest
 
@@ -11,14 +10,6 @@ from migrate.kfd.sim.faults import Fault, arm
 from scenarios.cluster import Cluster
 from tests.integration.jobs import VRAM, Job, comes_out_right, migrate, start_job
 from tests.integration.lookers import copy_pid, is_there, states
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Cluster]:
-    with Cluster.temporary() as made:
-        for name in ("a", "b"):
-            made.add_host(name)
-        yield made
 
 
 def ends_well(pair: Cluster, job: Job) -> list[int]:

@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-
 from migrate.kfd.sim.faults import Fault, arm
 from scenarios.cluster import Cluster
 from tests.integration.jobs import migrate, start_job
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Cluster]:
-    with Cluster.temporary() as made:
-        for name in ("a", "b"):
-            made.add_host(name)
-        yield made
 
 
 def test_a_training_job_is_alive(pair: Cluster) -> None:

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-
-import pytest
 
 from migrate.errors import PermissionRefused
 from migrate.faults import VARIABLE
@@ -30,84 +27,76 @@ from tests.integration.lookers import (
 )
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with Cluster.temporary() as made:
-        for name in ("a", "b"):
-            made.add_host(name)
-        yield made
-
-
-def finish(cluster: Cluster, job: Job) -> int:
+def finish(pair: Cluster, job: Job) -> int:
     """Its digest is that of a twin that never moved; how many pids it had."""
     job.runs_on()
-    return len(comes_out_right(cluster, job)["pids"])
+    return len(comes_out_right(pair, job)["pids"])
 
 
-def held_at(cluster: Cluster, host: str, moment: str) -> tuple[Job, str]:
+def held_at(pair: Cluster, host: str, moment: str) -> tuple[Job, str]:
     """A job, and a migration in which the agent of *host* stands still at a moment."""
-    job = start_job(cluster, "a", f"held-{host}", pace=0.05, options=("--delay-us", "500"))
-    kill_agent(cluster.hosts[host])
+    job = start_job(pair, "a", f"held-{host}", pace=0.05, options=("--delay-us", "500"))
+    kill_agent(pair.hosts[host])
     prelude = f"import os\nos.environ[{VARIABLE!r}] = '{moment}=stop'"
-    cluster.start_agent(host, AgentSetup(prelude=prelude))
-    migration = started(cluster, "a", "b", str(job.pid), "--max-rounds", "1")
-    agent = cluster.hosts[host].agent
+    pair.start_agent(host, AgentSetup(prelude=prelude))
+    migration = started(pair, "a", "b", str(job.pid), "--max-rounds", "1")
+    agent = pair.hosts[host].agent
     assert agent is not None
     wait_until(lambda: is_stopped(agent.pid), PATIENCE, f"the moment at {host}")
     return job, migration
 
 
-def switch_off(cluster: Cluster, host: str, pid: int | None) -> None:
+def switch_off(pair: Cluster, host: str, pid: int | None) -> None:
     assert pid is not None
-    kill_agent(cluster.hosts[host])
+    kill_agent(pair.hosts[host])
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not is_there(pid), PATIENCE, "the process to be gone")
 
 
-def test_the_destination_is_gone_and_the_source_gets_its_process_back(cluster: Cluster) -> None:
-    a, b = cluster.hosts["a"], cluster.hosts["b"]
-    job, migration = held_at(cluster, "b", "destination.owned.after-write")
-    switch_off(cluster, "b", copy_pid(b, migration))
+def test_the_destination_is_gone_and_the_source_gets_its_process_back(pair: Cluster) -> None:
+    a, b = pair.hosts["a"], pair.hosts["b"]
+    job, migration = held_at(pair, "b", "destination.owned.after-write")
+    switch_off(pair, "b", copy_pid(b, migration))
     assert states(a, migration, "source")[-1] == "GRANTED"
     assert not is_runnable(job.pid)
-    assert migrate(cluster, "abort", migration, "--host", "a").code == 92
+    assert migrate(pair, "abort", migration, "--host", "a").code == 92
 
     decision = ("resolve", migration, "--owner", "a", "--fenced", "b")
-    admin = cluster.admin_inventory
-    outcome = migrate(cluster, *decision, inventory=admin)
+    admin = pair.admin_inventory
+    outcome = migrate(pair, *decision, inventory=admin)
     assert outcome.code == 0, outcome.document
     report = ended(a, migration)
     assert (report["owner"], report["running"]) == ("source", "source")
     assert states(a, migration, "source")[-2:] == ["UNDOING", "ROLLED_BACK"]
-    assert "before" in migrate(cluster, *decision, inventory=admin).document["message"]
+    assert "before" in migrate(pair, *decision, inventory=admin).document["message"]
     other = ("resolve", migration, "--owner", "b", "--fenced", "a")
-    assert migrate(cluster, *other, inventory=admin).code != 0
+    assert migrate(pair, *other, inventory=admin).code != 0
 
     # The fenced host comes back: its journal says OWNED, its copy is gone, and nothing runs.
-    cluster.start_agent("b", AgentSetup())
+    pair.start_agent("b", AgentSetup())
     wait_state(b, migration, "destination", "OWNED_DEAD")
-    assert finish(cluster, job) == 1
+    assert finish(pair, job) == 1
 
 
-def test_the_source_is_gone_and_the_held_copy_becomes_the_process(cluster: Cluster) -> None:
-    a, b = cluster.hosts["a"], cluster.hosts["b"]
-    job, migration = held_at(cluster, "a", "source.granted.after-write")
+def test_the_source_is_gone_and_the_held_copy_becomes_the_process(pair: Cluster) -> None:
+    a, b = pair.hosts["a"], pair.hosts["b"]
+    job, migration = held_at(pair, "a", "source.granted.after-write")
     copy = copy_pid(b, migration)
-    switch_off(cluster, "a", job.pid)
+    switch_off(pair, "a", job.pid)
     assert states(b, migration, "destination")[-1] == "PREPARED"
     assert is_there(copy)
     assert not is_runnable(copy)
 
     decision = ("resolve", migration, "--owner", "b", "--fenced", "a")
-    assert migrate(cluster, *decision).failure["reason"] == PermissionRefused.reason
-    outcome = migrate(cluster, *decision, inventory=cluster.admin_inventory)
+    assert migrate(pair, *decision).failure["reason"] == PermissionRefused.reason
+    outcome = migrate(pair, *decision, inventory=pair.admin_inventory)
     assert outcome.code == 0, outcome.document
     assert states(b, migration, "destination")[-1] == "OWNED"
     job.runs_on()
 
     # The fenced host comes back and agrees.
-    cluster.start_agent("a", AgentSetup())
+    pair.start_agent("a", AgentSetup())
     wait_state(a, migration, "source", "DONE")
     report = ended(a, migration)
     assert (report["owner"], report["running"]) == ("destination", "destination")
-    assert finish(cluster, job) == 2
+    assert finish(pair, job) == 2

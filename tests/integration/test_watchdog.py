@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,15 +59,6 @@ def states(cluster: Cluster) -> list[SourceState]:
     return [
         r.decode(StateRecord).state for r in records if (r.kind, r.migration) == ("source", last)
     ]
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Cluster]:
-    """Each test kills the agent of a, and leaves an ordinary one."""
-    with Cluster.temporary() as made:
-        for name in ("a", "b"):
-            made.add_host(name)
-        yield made
 
 
 @pytest.mark.parametrize(

@@ -62,18 +62,20 @@ def weights() -> Iterator[bytes]:
 
 
 def memfd(kind: str, size: int) -> int:
-    """A memfd of *size* bytes of one kind; ``weights`` repeats the real ones."""
+    """A memfd of *size* bytes of one kind; ``weights`` repeats the real ones.
+
+    What is repeated differs in 8 bytes of each chunk, or it would travel as duplicates.
+    """
     fd = os.memfd_create(f"bench-{kind}", os.MFD_CLOEXEC)
     os.ftruncate(fd, size)
     if kind == "weights":
         whole = b"".join(weights())
-        for offset in range(0, size, len(whole)):
-            os.pwrite(fd, whole[: size - offset], offset)
-        return fd
-    made = [KINDS[kind](seed) for seed in range(16)]
+        made = [whole[at : at + PIECE] for at in range(0, len(whole) - PIECE + 1, PIECE)]
+    else:
+        made = [KINDS[kind](seed) for seed in range(16)]
     for number, offset in enumerate(range(0, size, PIECE)):
-        data = bytearray(made[number % 16])
-        if any(data):  # no two chunks are the same, or they would travel as duplicates
+        data = bytearray(made[number % len(made)])
+        if any(data):
             for at in range(0, PIECE, MIN_CHUNK):
                 data[at : at + 8] = (offset + at).to_bytes(8, "little")
         os.pwrite(fd, data[: size - offset], offset)

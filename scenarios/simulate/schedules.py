@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from migrate import faults as fault_points
 from scenarios.simulate.mutations import MUTATIONS
 from scenarios.simulate.scheduler import Scheduler
 from scenarios.simulate.world import Outcome, World
@@ -56,6 +57,7 @@ class Runner:
         logging.disable(logging.CRITICAL)  # the story is told by the simulation
         if mutation:
             MUTATIONS[mutation]()
+        self._point = fault_points.point  # each world puts its own there
         self._scheduler = Scheduler()
         self._folder = tempfile.TemporaryDirectory(prefix="simulate-", dir=parent or _memory())
 
@@ -67,8 +69,9 @@ class Runner:
         return World(seed, self._scheduler, folder).run()
 
     def close(self) -> None:
-        """Remove its files; others of this process may log again."""
+        """Remove its files; others of this process may log and have fault points again."""
         self._folder.cleanup()
+        fault_points.point = self._point
         logging.disable(logging.NOTSET)
 
 

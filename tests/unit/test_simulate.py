@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from migrate import faults
 from migrate.journal import Journal
 from scenarios.simulate.disk import Disk
 from scenarios.simulate.scheduler import Crashed, Life, Scheduler, SimulatedEvent, SimulatedLock
@@ -30,6 +31,14 @@ def test_some_schedules_move_the_process_and_some_do_not(runner: Runner) -> None
     assert not [o.why for o in outcomes if o.bad]
     assert 10 < sum(o.moved for o in outcomes) < 90
     assert len({kind for o in outcomes for kind in o.faults}) > 15
+
+
+def test_fault_points_are_those_of_the_process_again(runner: Runner) -> None:
+    runner.run(1)
+    runner.close()
+    faults.arm("source.round=fail")
+    with pytest.raises(faults.InjectedFault):
+        faults.point("source.round")
 
 
 def test_a_planted_bug_is_found_and_told() -> None:

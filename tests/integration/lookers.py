@@ -180,25 +180,27 @@ class Watcher:
             self.look()
 
     def look(self) -> None:
-        """One look."""
+        """One look.
+
+        The source is looked at first: when it is gone, the journal has told of its copy before,
+        however long this look takes. A journal that can't be read now says nothing.
+        """
         self.looks += 1
-        copy = None
-        with contextlib.suppress(sqlite3.Error):
+        gone = not is_there(self.source)
+        try:
             copy = copy_pid(self.destination, self.migration)
-        if not is_there(self.source) and not is_there(copy):
+            reached = states(self.destination, self.migration, "destination")
+        except sqlite3.Error:
+            return
+        if gone and not is_there(copy):
             self.neither.append("neither copy exists")
         # Before PREPARED the copy's own interpreter runs, and nothing of the program.
-        if "PREPARED" not in self._destination_states():
+        if "PREPARED" not in reached:
             return
         runs = is_runnable(self.source) and is_runnable(copy)
         if runs and self._ran:
             self.both.append("both copies run")
         self._ran = runs
-
-    def _destination_states(self) -> list[str]:
-        with contextlib.suppress(sqlite3.Error):
-            return states(self.destination, self.migration, "destination")
-        return []
 
     def check(self) -> None:
         """Raises AssertionError if an invariant was broken at any look."""

@@ -1,10 +1,11 @@
-"""An agent that dies: pauses a process's queues, says so, and waits to be killed.
+"""An agent that dies: pauses a process's queues, or starts one, says so, and waits to be killed.
 
-python -m tests.integration.engine_agent snapshot|frozen|building ROOT PID [TARGET]
+python -m tests.integration.engine_agent snapshot|frozen|building|ahead ROOT PID [TARGET]
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -38,6 +39,10 @@ def main() -> None:
         image = engine.freeze(process)
         held = ReexecEngine(HostPaths.under(rest[0])).restore(image, "dying", GpuMap(pairs=()))
         wait(str(held.process.pid))
+    elif what == "ahead":
+        ReexecEngine(HostPaths.under(rest[0])).prepare("m1", engine.ahead(process))
+        (started,) = procfs.descendants(os.getpid())
+        wait(str(started))
 
 
 if __name__ == "__main__":

@@ -147,9 +147,10 @@ def test_moved_it_ends_like_the_twin_that_never_moved(
         assert record is not None
         # Takes the helper that a look before this one left waiting, and keeps none.
         a.engine.visit_frozen(process, lambda _kfd: None)
-        fds = len(os.listdir("/proc/self/fd"))
+        before = set(os.listdir("/proc/self/fd"))
         moved = migrate(a, b, process)
-        assert len(os.listdir("/proc/self/fd")) == fds
+        # Fewer there may be: what tests before this one left is closed at any time.
+        assert set(os.listdir("/proc/self/fd")) <= before
         assert not a.engine.is_alive(process)
         found.moved_to(moved)
         report = found.finish()

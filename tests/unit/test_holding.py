@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import cast
 
@@ -32,6 +34,7 @@ class Setting:
         self.fds = [os.memfd_create(f"bo{i}", os.MFD_CLOEXEC) for i in range(3)]
         for fd in self.fds:
             os.ftruncate(fd, SIZE)
+        self.inodes = {os.fstat(fd).st_ino for fd in self.fds}
         self.orders = [
             ObjectOrder(object_id=i, kind=ObjectKind.GTT, size=SIZE, bo=BoKey(process=0, index=i))
             for i in range(3)
@@ -58,6 +61,11 @@ class Setting:
         ]
         checkpoint = cast("KfdCheckpoint", SimpleNamespace(devices=(GPU,), bos=bos))
         return Checkpointed(checkpoint, [os.dup(fd) for fd in self.fds])
+
+    def open_files(self) -> int:
+        """Of its buffers: other files of this process may come and go."""
+        ours = {os.fstat(fd).st_ino for fd in self.fds} | self.inodes
+        return sum(inode in ours for inode in inodes())
 
     def readable(self, index: int) -> bool:
         try:
@@ -128,12 +136,12 @@ def test_a_listing_is_asked_for_at_least_every_two_seconds() -> None:
 
 def test_what_is_open_stays_open_for_the_next_round(setting: Setting) -> None:
     setting.fds = [os.memfd_create("exported-anew", os.MFD_CLOEXEC) for _ in range(3)]
-    before = open_files()  # Linux 6.1 exports a dmabuf of its own at each checkpoint
+    before = setting.open_files()  # Linux 6.1 exports a dmabuf of its own at each checkpoint
     again = setting.snapshot()
     objects = setting.bos.open(setting.orders, [again])
     assert [access for _, access in objects] == [access for _, access in setting.objects]
     assert again.dmabufs == [None] * 3, "they are taken, and closed"
-    assert open_files() == before
+    assert setting.open_files() == before
     assert all(setting.readable(i) for i in range(3))
 
 
@@ -156,12 +164,16 @@ def test_a_buffer_made_anew_is_opened_anew_and_one_that_is_gone_is_closed(
 
 
 def test_nothing_stays_open_at_the_end(setting: Setting) -> None:
-    before = open_files()
+    before = setting.open_files()
     setting.bos.close_all()
     setting.bos.close_all()
-    assert open_files() == before - 3
+    assert setting.open_files() == before - 3
     assert setting.held_now() == [False] * 3
 
 
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def inodes() -> Iterator[int]:
+    """Of the memfds that this process has open."""
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{number}").startswith("/memfd:"):
+                yield os.stat(f"/proc/self/fd/{number}").st_ino

@@ -200,7 +200,7 @@ class Cluster:
         agent = self.hosts[name].agent
         assert agent is not None
         agent.send_signal(number)
-        agent.wait(END_TIMEOUT)
+        agent.wait(self.ready_timeout)
 
     def remove_host(self, name: str) -> None:
         """End a host's agent, and its node if no other host stands on it."""
@@ -304,7 +304,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
             stream.close()
 
 
-def wait_until(condition: object, timeout: float = 30.0, what: str = "the condition") -> None:
+def wait_until(condition: object, timeout: float = 100.0, what: str = "the condition") -> None:
     """Wait for a callable to be true. Raises TimeoutError."""
     assert callable(condition)
     deadline = time.monotonic() + timeout

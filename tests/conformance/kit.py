@@ -279,7 +279,7 @@ class Process:
         return ctypes.c_int64(self.signals.word(index)).value
 
     def wait(
-        self, event_ids: list[int], timeout: int = 10_000, *, wait_for_all: bool = True
+        self, event_ids: list[int], timeout: int = 30_000, *, wait_for_all: bool = True
     ) -> int:
         """WAIT_EVENTS; its result (KFD_IOC_WAIT_RESULT_*). *timeout* in ms."""
         data = (uapi.kfd_event_data * max(1, len(event_ids)))()

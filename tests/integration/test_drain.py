@@ -50,7 +50,7 @@ def check(cluster: Cluster, jobs: list[Job], summary: Summary) -> None:
     assert {row.outcome for row in summary.rows} == {"moved"}, summary
     assert sorted(row.pid for row in summary.rows) == sorted(job.pid for job in jobs)
     with Client(cluster.inventory) as client:
-        assert client.processes("a") == []
+        wait_until(lambda: client.processes("a") == [], 60, "the driver to forget them")
         completed = [r for r in client.history("a", 100) if r.status == "completed"]
     assert sorted(report.source.pid or 0 for report in completed) == sorted(j.pid for j in jobs)
     for job in jobs:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from migrate.kfd.sim.faults import Fault, arm
-from scenarios.cluster import Cluster
+from scenarios.cluster import AgentSetup, Cluster
 from tests.integration.jobs import migrate, start_job
 
+# A busy machine may not get to run the copy for some seconds.
+PATIENT = "import migrate.orchestrator.life as life\nlife.WINDOW = 60.0"
 
-def test_a_training_job_is_alive(pair: Cluster) -> None:
-    job = start_job(pair, "a", "alive")
-    outcome = migrate(pair, "run", "a", "b", str(job.pid))
+
+def test_a_training_job_is_alive(own_cluster: Cluster) -> None:
+    for name in ("a", "b"):
+        own_cluster.add_host(name, setup=AgentSetup(prelude=PATIENT))
+    job = start_job(own_cluster, "a", "alive")
+    outcome = migrate(own_cluster, "run", "a", "b", str(job.pid))
     assert outcome.code == 0, outcome.document
     assert outcome.report.life == "alive"
     job.finish()

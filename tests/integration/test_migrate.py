@@ -95,7 +95,7 @@ def test_agents_keep_no_fd_of_a_migration(cluster: Cluster) -> None:
     for number in range(2):
         moves(f"fd-{number}")
     # A connection that is being closed, or a thread that ends, may take a moment.
-    wait_until(lambda: all(n <= b + 2 for n, b in zip(fds(), before, strict=True)), 30, "fds")
+    wait_until(lambda: all(n <= b + 2 for n, b in zip(fds(), before, strict=True)), 60, "fds")
 
 
 @pytest.mark.timeout(900)
@@ -128,11 +128,15 @@ def test_show_and_watch_and_ps_tell_the_same_afterwards(cluster: Cluster) -> Non
     ran = migrate(cluster, "run", "a", "b", str(job.pid))
     completed(ran)
     assert migrate(cluster, "show", ran.report.id).document == ran.document
-    assert job.pid not in [r["pid"] for r in migrate(cluster, "ps", "a").document["processes"]]
+    wait_until(lambda: job.pid not in listed(cluster, "a"), 60, "the driver to forget it")
     moved = ran.report.destination.pid
     assert moved is not None
-    assert moved in [r["pid"] for r in migrate(cluster, "ps", "b").document["processes"]]
+    assert moved in listed(cluster, "b")
     job.finish()
+
+
+def listed(cluster: Cluster, host: str) -> list[int]:
+    return [row["pid"] for row in migrate(cluster, "ps", host).document["processes"]]
 
 
 def test_a_retried_request_starts_nothing_twice(cluster: Cluster) -> None:

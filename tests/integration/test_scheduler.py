@@ -52,7 +52,7 @@ def test_a_scheduler_and_agents_that_are_killed_move_every_job_once(own_cluster:
     assert [job["status"] for job in state.values()] == ["completed"] * 3
     with Client(own_cluster.inventory) as client:
         reports = client.history("a", 100)
-        assert client.processes("a") == []
+        wait_until(lambda: client.processes("a") == [], 60, "the driver to forget them")
     done = [report for report in reports if report.status == "completed"]
     assert sorted(report.source.pid or 0 for report in done) == sorted(job.pid for job in jobs)
     assert {report.id for report in done} == {job["id"] for job in state.values()}

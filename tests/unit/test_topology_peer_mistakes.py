@@ -42,7 +42,6 @@ def test_a_renumbered_twin_of_3_gpus_and_2_cpus_is_found_whatever_the_numbers() 
         assert (result.cost.numa, result.cost.hive, result.cost.xgmi_bandwidth_lost) == (0, 0, 0)
 
 
-@pytest.mark.timeout(20)
 def test_the_search_ends_where_every_gpu_alone_would_fit() -> None:
     ids = list(range(1, 17))
     one = machine([gpu(g) for g in ids], hives=[ids])

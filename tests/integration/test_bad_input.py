@@ -405,7 +405,7 @@ def test_journal_without_room_at_the_source(trouble: Field) -> None:
 
 def test_journal_without_room_at_the_source_in_the_middle(trouble: Field) -> None:
     source = trouble.cluster.hosts["a"]
-    migration = started(trouble.cluster, "a", "b", str(trouble.victim.pid), "--bandwidth", "5")
+    migration = started(trouble.cluster, "a", "b", str(trouble.victim.pid), "--bandwidth", "2")
     wait_state(source, migration, "source", "ACTIVE")
     with no_room(trouble.cluster, "a") as agent:
         wait_until(lambda: agent.poll() is not None, 60, "the agent to end")
@@ -418,7 +418,7 @@ def test_journal_without_room_at_the_source_in_the_middle(trouble: Field) -> Non
 @pytest.mark.parametrize("middle", [False, True], ids=["at-once", "in-the-middle"])
 def test_journal_without_room_at_the_destination(trouble: Field, middle: bool) -> None:
     source, pid = trouble.cluster.hosts["a"], str(trouble.victim.pid)
-    options = ("--bandwidth", "5", "--max-rounds", "1", "--patience", "2")
+    options = ("--bandwidth", "2", "--max-rounds", "1", "--patience", "2")
     if middle:
         migration = started(trouble.cluster, "a", "b", pid, *options)
         wait_state(source, migration, "source", "ACTIVE")
@@ -466,17 +466,18 @@ def test_streams_that_are_always_damaged(trouble: Field, alter: wires.Alter) -> 
 def test_ctrl_c_detaches_and_the_migration_goes_on(whole: Field) -> None:
     cluster = whole.cluster
     job = start_job(cluster, "a", "watched")
-    command = [sys.executable, "-m", "migrate", "--json", "--inventory", str(cluster.inventory)]
-    command += ["run", "a", "b", str(job.pid), "--bandwidth", "8", "--idempotency-key", "watched"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as cli:
+    command = [sys.executable, "-m", "migrate", "--inventory", str(cluster.inventory)]
+    command += ["run", "a", "b", str(job.pid), "--bandwidth", "2", "--idempotency-key", "watched"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as cli:
         source = cluster.hosts["a"]
         migration = keyed(source, "watched")
+        assert cli.stderr is not None
+        assert migration in cli.stderr.readline().decode()  # from now on it watches
         wait_state(source, migration, "source", "ACTIVE")
         cli.send_signal(signal.SIGINT)
-        said, _ = cli.communicate(timeout=30)
-        assert cli.returncode == errors.Interrupted.exit_code, said
-        assert errors.Interrupted.reason in said.decode()
-        assert migration in said.decode()
+        said = cli.stderr.read().decode()
+        assert cli.wait(100) == errors.Interrupted.exit_code, said
+        assert f"detached; migration {migration} goes on" in said
     report = ended(source, migration)
     assert (report["status"], report["running"]) == ("completed", "destination"), report["failure"]
     comes_out_right(cluster, job)

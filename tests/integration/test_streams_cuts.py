@@ -199,11 +199,13 @@ def count_commits(session: Session, stored: Counter[int]) -> None:
 
 def test_a_flipped_byte_is_refused_and_sent_anew(receiver: tuple[int, Session]) -> None:
     port, session = receiver
+    flipped: list[int] = []
 
     def meddle(connection: int, position: int, data: bytes) -> bytes:
         if connection < 4 and position <= 600_000 < position + len(data):
             altered = bytearray(data)
             altered[600_000 - position] ^= 0x40
+            flipped.append(connection)
             return bytes(altered)
         return data
 
@@ -211,8 +213,10 @@ def test_a_flipped_byte_is_refused_and_sent_anew(receiver: tuple[int, Session]) 
     data = random_object(8 * MIB)
     sender = make_sender(proxy.port, itertools.count(1))
     stats = sender.send_round(described(data))
-    assert session.rejected == 4
-    assert stats.reconnects >= 4
+    # Most often all four; a stream that the other was much quicker than had less to send.
+    assert len(flipped) >= 2
+    assert session.rejected == len(flipped)
+    assert stats.reconnects >= len(flipped)
     assert_same(session, sender, data)
     sender.close()
     proxy.close()

@@ -19,6 +19,9 @@ from scenarios.cluster import Cluster, steps_logged, wait_until
 VRAM = 16 << 20
 PACE = 0.02  # seconds between steps: a twin has to make as many
 END = 110.0  # seconds for a job to end
+# A prelude of agents: on a busy machine a copy may not get to run for some seconds.
+PATIENT = "import migrate.orchestrator.life as life\nlife.WINDOW = 60.0"
+TWIN_END = 600.0  # for a twin: one of a job that a whole file is about has many steps to make
 
 
 @dataclass
@@ -106,7 +109,7 @@ def twin_digest(cluster: Cluster, steps: int, *options: str) -> str:
             "--log", str(cluster.folder / f"twin-{steps}.log"), "--result", str(result), *options,
         ],
         check=True,
-        timeout=END,
+        timeout=TWIN_END,
         env={**os.environ, "MIGRATE_HOST_ROOT": str(cluster.hosts["a"].root)},
     )  # fmt: skip
     digest: str = json.loads(result.read_text())["digest"]

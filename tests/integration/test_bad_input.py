@@ -45,6 +45,9 @@ from tests.integration.lookers import (
 )
 from tests.integration.wires import Wire
 
+# The last one's includes that of the victim's twin.
+pytestmark = pytest.mark.timeout(400)
+
 PACE = 0.05  # seconds between steps: the twin of the victim has to make as many
 SLOW = ("--bandwidth", "0.1")  # MiB/s: longer than anybody waits
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from migrate.kfd.sim.faults import Fault, arm
 from scenarios.cluster import AgentSetup, Cluster
-from tests.integration.jobs import migrate, start_job
-
-# A busy machine may not get to run the copy for some seconds.
-PATIENT = "import migrate.orchestrator.life as life\nlife.WINDOW = 60.0"
+from tests.integration.jobs import PATIENT, migrate, start_job
 
 
 def test_a_training_job_is_alive(own_cluster: Cluster) -> None:

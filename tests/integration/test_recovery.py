@@ -18,7 +18,7 @@ from migrate.engine import procfs
 from migrate.engine.reexec import ReexecEngine
 from migrate.faults import VARIABLE
 from scenarios.cluster import AgentSetup, Cluster, SimulatedHost, wait_until
-from tests.integration.jobs import Job, comes_out_right, start_job
+from tests.integration.jobs import PATIENT, Job, comes_out_right, start_job
 from tests.integration.lookers import (
     PATIENCE,
     Watcher,
@@ -166,6 +166,9 @@ def test_destination_agent_killed_in_pre_copy(drill: Drill) -> None:
 def granted(drill: Drill, name: str) -> tuple[Job, str, dict[int, int]]:
     """A job whose source agent stands at GRANTED, and its queues' read pointers in the freeze."""
     job = drill.start(name)
+    # The copy's host decides by what it sees of it whether it may keep it.
+    kill_agent(drill.b)
+    drill.cluster.start_agent("b", AgentSetup(prelude=PATIENT))
     drill.arm("a", "source.granted.after-write")
     # With a kept source the destination journals what ours did before: pointers among it.
     options = ("--max-rounds", "1", "--hold-source")

@@ -141,5 +141,7 @@ def test_after_an_io_error_no_record_is_taken_and_the_agent_is_ended(tmp_path: P
     )
     number = int(done.stdout.removeprefix("stopped at "))
     assert number > 1
-    found = [record.decode(int) for record in Journal(path).history("m")]
+    journal = Journal(path)
+    found = [record.decode(int) for record in journal.history("m")]
+    journal.close()
     assert found[:number] == list(range(number))

@@ -11,7 +11,7 @@ import pytest
 from migrate import inventory
 from migrate.client import agent
 from migrate.rpc.pb.agent_pb2 import RecoverRequest
-from scenarios.cluster import AgentSetup, Cluster
+from scenarios.cluster import AgentSetup, Cluster, wait_until
 from tests.integration.jobs import migrate, start_job
 from tests.integration.lookers import ended, started, states, wait_state
 
@@ -45,8 +45,11 @@ def test_what_is_unfinished_is_told_and_gone_on_with(own_cluster: Cluster) -> No
     while rows(own_cluster, "a", migration)[0]["state"] != "ROLLED_BACK":
         assert time.monotonic() < deadline
     assert ended(here, migration)["failure"]["reason"] == "REFUSED"
-    (row,) = rows(own_cluster, "a", migration)
-    assert row["message"] == "nothing is unfinished"
+    # The report is journaled a moment before the agent has done with it.
+    wait_until(
+        lambda: rows(own_cluster, "a", migration)[0]["message"] == "nothing is unfinished",
+        what="its end",
+    )
     (row,) = rows(own_cluster, "b", migration)
     assert (row["side"], row["state"]) == ("destination", "ABORTED")
     assert row["message"] == "nothing is unfinished"

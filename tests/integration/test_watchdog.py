@@ -18,6 +18,7 @@ from migrate.orchestrator.source_handover import StateRecord
 from migrate.status import SourceState
 from scenarios.cluster import AgentSetup, Cluster, wait_until
 from tests.integration.jobs import Job, migrate, start_job
+from tests.integration.lookers import ended
 
 PATIENCE = 100.0  # seconds for something to come about; nothing is measured by it
 WITHIN = 5.0  # seconds; the promise. Waits below are more generous, the report is not
@@ -110,6 +111,7 @@ def test_a_job_that_was_let_go_and_ended_is_not_run_again(pair: Cluster) -> None
     wait_until(lambda: states(pair)[-1] is SourceState.ROLLED_BACK, PATIENCE, "the agent's undo")
     assert SourceState.GRANTED not in states(pair)
     assert job.result() == result
+    ended(pair.hosts["a"], newest(pair))  # what it is told by is journaled a moment later
     assert migrate(pair, "show", newest(pair)).failure["reason"] in {
         "MIGRATION_FAILED",
         "PROCESS_EXITED",

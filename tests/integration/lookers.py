@@ -224,6 +224,16 @@ def started(cluster: Cluster, *arguments: str) -> str:
     return found
 
 
+def at_rest(cluster: Cluster, host: str, pid: int) -> None:
+    """Wait until the agent has done with the migration of a process: it may be asked anew."""
+
+    def rests() -> bool:
+        rows = migrate(cluster, "ps", host).document["processes"]
+        return not any(row["migration"] for row in rows if row["pid"] == pid)
+
+    wait_until(rests, PATIENCE, f"the migration of {pid} to be over")
+
+
 def migrations(host: HasPaths) -> set[str]:
     """The ids of all that its journal knows."""
     return {row[0] for row in _select(host, "SELECT migration FROM records")}

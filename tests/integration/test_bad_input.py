@@ -33,6 +33,7 @@ from scenarios.ports import free_port
 from tests.integration import wires
 from tests.integration.jobs import Job, Outcome, comes_out_right, migrate, start_job
 from tests.integration.lookers import (
+    at_rest,
     copy_pid,
     ended,
     is_runnable,
@@ -98,6 +99,7 @@ def trouble(whole: Field) -> Iterator[Field]:
     for name in set(whole.cluster.hosts) - {"a", "b"}:
         whole.cluster.remove_host(name)
     whole.wire.alter = wires.unaltered
+    at_rest(whole.cluster, "a", whole.victim.pid)
     assert is_there(whole.victim.pid)
     whole.victim.runs_on()
 

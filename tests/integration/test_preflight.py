@@ -34,7 +34,7 @@ from tests.conformance.kit import VRAM
 from tests.conformance.tracer import held
 from tests.integration import wires
 from tests.integration.jobs import Job, migrate, start_job
-from tests.integration.lookers import states
+from tests.integration.lookers import at_rest, states
 from tests.integration.test_bad_input import AS_ANOTHER_USER
 
 KNOWN = {cls.reason for cls in BLOCKERS}
@@ -100,6 +100,7 @@ class Field:
         )
         assert report["downtime"] is None
         assert "DEVICE" not in states(self.cluster.hosts[source], report["id"], "source")
+        at_rest(self.cluster, source, pid or self.job.pid)
         return reasons
 
 
@@ -432,6 +433,7 @@ def test_a_link_that_damages_everything(field: Field) -> None:
         ran = migrate(field.cluster, "run", *names, "--patience", "1", "--no-precopy")
         assert ran.failure["reason"] == "STREAM_BROKEN"
         assert "DEVICE" not in states(field.cluster.hosts["a"], ran.document["id"], "source")
+        at_rest(field.cluster, "a", field.job.pid)
 
 
 # ---------------------------------------------------------------- warnings

@@ -37,13 +37,14 @@ CREEP = 1.01
 # Bytes of a sample. zstd codes blocks of 128 KiB, each by itself: of byte planes a sample has one
 # each, or it shows neither how they differ nor how fast the noise among them goes.
 SAMPLES = {
-    Codec.ZSTD: 32 << 10,
+    Codec.ZSTD: 64 << 10,
     Codec.PLANES2_ZSTD: 2 * (128 << 10),
     Codec.PLANES4_ZSTD: 4 * (128 << 10),
 }
 SMALLEST = 32 << 10  # bytes of one, of an object that is not worth more
 SAMPLE_CREEP = 1.1  # how much faster than its runs a sample may make a codec look
 FIRST_INTERVAL, LAST_INTERVAL = 16, 256  # runs between samples of an object
+HOPELESS = 0.6  # of what raw brings: an object of which no option promises more is left alone
 WEIGHT = 0.25  # of a new measurement in an average
 KEPT_DECISIONS = 64
 EVIDENCE = 1 << 20  # bytes of runs that are timed together, at least
@@ -121,6 +122,13 @@ def choose(figures: Mapping[Option, Figure], link: float | None, threads: int) -
     return best if predict(figures[best], link, threads) > link * MARGIN else RAW
 
 
+def is_hopeless(figures: Mapping[Option, Figure], link: float | None, threads: int) -> bool:
+    """Whether every option promises so much less than raw that samples are a waste."""
+    return link is not None and all(
+        predict(figure, link, threads) < link * HOPELESS for figure in figures.values()
+    )
+
+
 class Packed(Value):
     """A run as it travels; the payload is shorter than the raw bytes unless it is RAW."""
 
@@ -173,7 +181,8 @@ class Pace:
 
     def __init__(self, settling: int = 0) -> None:
         self.rate: float | None = None
-        self.runs = -settling  # that are counted
+        self.runs = 0  # that are counted
+        self._settling = settling
         self._size, self._seconds = 0, 0.0  # of short ones
 
     def __str__(self) -> str:
@@ -187,10 +196,16 @@ class Pace:
             return
         new = self._size / max(self._seconds, 1e-9)
         self._size, self._seconds = 0, 0.0
+        if self._settling:
+            self._settling -= 1
+            return
         self.runs += 1
-        if self.runs > 0:
-            weight = max(1 / self.runs, 1 / MEMORY)
-            self.rate = new if self.rate is None else slowed(self.rate, new, weight)
+        weight = max(1 / self.runs, 1 / MEMORY)
+        self.rate = new if self.rate is None else slowed(self.rate, new, weight)
+
+    def settle(self, runs: int) -> None:
+        """The next ones tell nothing: something else went before."""
+        self._settling = runs
 
 
 class LinkMeter:
@@ -297,6 +312,7 @@ class Trials:
         for other in OPTIONS:  # their turn comes before this one's
             self._resting[other] = max(self._resting.get(other, 0), min(pause, OTHERS_PAUSE))
         self._resting[option] = pause
+        self._raw.settle(SETTLING * self._streams)  # what a slow codec left unused goes first
         self._renew()
 
 
@@ -355,6 +371,8 @@ class AdaptiveChooser:
             size = min(SAMPLES[option.codec], max(most, SMALLEST))
             start = max(0, (len(raw) - size) // 2) & ~7
             part = raw[start : start + size]
+            if not encoder.has_done(option.codec, option.level):  # it makes its buffers then
+                encoder.encode(option.codec, part[:SMALLEST], option.level)
             began = self._clock()
             packed = len(encoder.encode(option.codec, part, option.level))
             seconds = self._clock() - began
@@ -392,5 +410,9 @@ class AdaptiveChooser:
             self.decisions.append(decision)
             _log.debug("%s", decision)
         elif sampled:
-            subject.interval = min(subject.interval * 2, LAST_INTERVAL)
+            hopeless = is_hopeless(subject.figures, self._meter.rate, self._threads)
+            subject.interval = (
+                LAST_INTERVAL if hopeless else min(2 * subject.interval, LAST_INTERVAL)
+            )
+            subject.until_sample = subject.interval
         return option

@@ -192,6 +192,16 @@ def test_the_first_runs_of_an_option_wait_for_what_went_before_and_do_not_count(
     assert stream.runs(100, PLANES, 1.2e9) == 100
 
 
+def test_what_a_slow_codec_left_of_a_limit_does_not_make_raw_look_fast() -> None:
+    trials = Trials(1)
+    stream = Stream(trials)
+    stream.runs(20, RAW, 1e8)
+    stream.runs(100, ZSTD, 0.5e8)
+    assert trials.is_resting(ZSTD)
+    stream.runs(SETTLING, RAW, 1e10)
+    assert trials._raw.rate == pytest.approx(1e8)
+
+
 def test_a_pace_is_that_of_all_runs_together() -> None:
     pace = Pace(1)
     for seconds in (1e-9, 1.0, 3.0):
@@ -305,6 +315,47 @@ def test_a_codec_that_proved_slow_is_not_taken_again_for_a_fast_sample() -> None
     assert sent[0] is not Codec.RAW
     assert sent.count(Codec.RAW) > 85
     assert set(sent[-60:]) == {Codec.RAW}
+
+
+class CountingEncoder(Encoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def encode(self, codec: Codec, raw: memoryview, level: int = 1) -> memoryview:
+        self.count += 1
+        return super().encode(codec, raw, level)
+
+
+def test_where_no_option_can_keep_up_few_samples_are_taken() -> None:
+    chooser, encoder = Links(1e12), CountingEncoder()
+    floats = brain_floats()
+    for _ in range(200):
+        assert chooser.encode(encoder, INFO, floats).codec is Codec.RAW
+    assert encoder.count == 2 * len(OPTIONS), "each once, after a first time that is not measured"
+
+
+def test_a_link_that_slows_down_is_answered_by_the_figures_at_hand() -> None:
+    chooser, encoder = Links(1e12), CountingEncoder()
+    floats = brain_floats()
+    for _ in range(20):
+        chooser.encode(encoder, INFO, floats)
+    chooser._meter.rate = 1e6
+    assert chooser.encode(encoder, INFO, floats).codec is not Codec.RAW
+
+
+def test_the_first_time_of_an_encoder_is_no_measure() -> None:
+    class Cold(Encoder):
+        def encode(self, codec: Codec, raw: memoryview, level: int = 1) -> memoryview:
+            if not self.has_done(codec, level):
+                clock.now += 100.0
+            clock.now += len(raw) / 1e9
+            return super().encode(codec, raw, level)
+
+    clock = Clock()
+    chooser = AdaptiveChooser(2, 2, clock)
+    chooser._meter.rate = 1e8
+    assert chooser.encode(Cold(), INFO, brain_floats()).codec is not Codec.RAW
 
 
 def test_an_endless_link_is_raw_and_nothing_is_encoded() -> None:

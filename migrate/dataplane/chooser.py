@@ -7,7 +7,8 @@ the link by how fast bytes go out while sending is what we wait for.
 What is promised is then tried: a destination that can't unpack as fast, or cores that have other
 work, look like a slow link from here, and a slow link speaks for the codec. So the runs of an
 option are timed as a whole, encoded and sent; an option under which less gets through than by
-raw runs is left alone for a while, longer each time.
+raw runs is left alone for a while, longer each time. For as long the others' speeds are believed
+no more than its was: what slowed one down (the strain) slows all down.
 
 While the link is not what we wait for, all that is known is that it is at least as fast as
 what went out. The estimate then creeps up by 1% a window, so that a link that became faster
@@ -31,6 +32,7 @@ from migrate.model import Value
 
 _log = logging.getLogger(__name__)
 MARGIN = 1.05  # a codec must promise this much more than raw
+STAY = 1.1  # and this much more than the one that is in use
 WINDOW = 0.05  # seconds of a link measurement
 SATURATED = 0.5  # part of the streams' time spent sending that makes the link the bottleneck
 CREEP = 1.01
@@ -52,7 +54,6 @@ SETTLING = 2  # runs of each stream after a change that still wait for what went
 TRIAL = 2  # runs of each stream that are then timed
 MEMORY = 16  # runs that a pace remembers
 FIRST_PAUSE, LAST_PAUSE = 256 << 20, 2 << 30  # bytes that a rejected option is left alone
-OTHERS_PAUSE = 128 << 20  # bytes that the others are, of which less was promised
 SHORT_PAUSE = 16 << 20  # bytes by raw, to compare with anew, when what was good is no more
 LARGE = 8 << 20  # bytes of an object that whole samples are taken of
 
@@ -111,15 +112,24 @@ def predict(figure: Figure, link: float, threads: int) -> float:
     return min(figure.speed * threads, link * figure.ratio)
 
 
-def choose(figures: Mapping[Option, Figure], link: float | None, threads: int) -> Option:
+def choose(
+    figures: Mapping[Option, Figure],
+    link: float | None,
+    threads: int,
+    current: Option = RAW,
+) -> Option:
     """The option of the highest prediction; raw unless one beats it by ``MARGIN``.
 
-    An unknown link is as good as an endless one: raw, which is how it gets measured.
+    The *current* one stays unless another beats it by ``STAY``. An unknown link is as good as
+    an endless one: raw, which is how it gets measured.
     """
     if link is None or not figures:
         return RAW
-    best = max(figures, key=lambda option: predict(figures[option], link, threads))
-    return best if predict(figures[best], link, threads) > link * MARGIN else RAW
+    promised = {option: predict(figure, link, threads) for option, figure in figures.items()}
+    best = max(promised, key=lambda option: promised[option])
+    if promised[best] < STAY * promised.get(current, 0.0):
+        best = current
+    return best if promised[best] > link * MARGIN else RAW
 
 
 def is_hopeless(figures: Mapping[Option, Figure], link: float | None, threads: int) -> bool:
@@ -181,8 +191,7 @@ class Pace:
 
     def __init__(self, settling: int = 0) -> None:
         self.rate: float | None = None
-        self.runs = 0  # that are counted
-        self._settling = settling
+        self.runs = -settling  # that are counted
         self._size, self._seconds = 0, 0.0  # of short ones
 
     def __str__(self) -> str:
@@ -196,16 +205,10 @@ class Pace:
             return
         new = self._size / max(self._seconds, 1e-9)
         self._size, self._seconds = 0, 0.0
-        if self._settling:
-            self._settling -= 1
-            return
         self.runs += 1
-        weight = max(1 / self.runs, 1 / MEMORY)
-        self.rate = new if self.rate is None else slowed(self.rate, new, weight)
-
-    def settle(self, runs: int) -> None:
-        """The next ones tell nothing: something else went before."""
-        self._settling = runs
+        if self.runs > 0:
+            weight = max(1 / self.runs, 1 / MEMORY)
+            self.rate = new if self.rate is None else slowed(self.rate, new, weight)
 
 
 class LinkMeter:
@@ -265,15 +268,24 @@ class _Subject:
         self.judged: float | None = -1.0  # the link when it was last decided
 
 
+class _Rest:
+    """For how many more bytes an option is left alone, and what part of its promise it kept."""
+
+    def __init__(self, left: int, kept: float = 1.0) -> None:
+        self.left = left
+        self.kept = kept
+
+
 class Trials:
     """Whether encoded runs bring more than raw ones, and what is left alone. Not thread-safe."""
 
     def __init__(self, streams: int) -> None:
         self._streams = streams
         self._raw = Pace(streams)  # what goes into empty buffers tells nothing
+        self._most = 0.0  # that a stream can carry of raw runs, as they measured the link
         self._renew()
         self._pauses: dict[Option, int] = {}  # how long each was left alone the last time, in bytes
-        self._resting: dict[Option, int] = {}  # how long each still is
+        self._resting: dict[Option, _Rest] = {}
 
     def _renew(self) -> None:
         self._encoded = Pace(SETTLING * self._streams)  # by whatever options
@@ -281,52 +293,84 @@ class Trials:
 
     def began(self, size: int) -> None:
         """One more run, of whatever option and so many bytes."""
-        self._resting = {o: left - size for o, left in self._resting.items() if left > size}
+        for option, rest in list(self._resting.items()):
+            rest.left -= size
+            if rest.left <= 0:
+                del self._resting[option]
 
     def is_resting(self, option: Option) -> bool:
         """Whether it is left alone now."""
         return option in self._resting
 
-    def ended(self, option: Option, size: int, seconds: float) -> None:
-        """A run of *size* raw bytes took so long to encode and to send."""
+    @property
+    def strain(self) -> float:
+        """What part of their speeds the options are believed, by those that are left alone."""
+        return min((rest.kept for rest in self._resting.values()), default=1.0)
+
+    def ended(
+        self, option: Option, size: int, seconds: float, *, promise: float, link: float
+    ) -> None:
+        """A run of *size* raw bytes took so long to encode and to send.
+
+        *promise*: raw bytes a second, of all streams together, for which the option was chosen.
+        *link*: bytes a second. Raw runs bring no more, but for a moment, where those before
+        them used less than a limit allows.
+        """
         if option == RAW:
             self._raw.ran(size, seconds)
+            self._most = link / self._streams
         elif option not in self._resting:  # the last runs of one that was just rejected
             self._encoded.ran(size, seconds)
-            self._judge(option)
+            self._judge(option, promise)
 
-    def _judge(self, option: Option) -> None:
+    def _judge(self, option: Option, promise: float) -> None:
         ours, raw = self._encoded, self._raw
         if ours.rate is None or ours.runs < TRIAL * self._streams:
             return
-        if raw.rate is not None and ours.rate > raw.rate:
+        if raw.rate is None:
+            pause = self._compare_anew()
+        elif ours.rate > min(raw.rate, self._most):
             self._won = True
             self._pauses.clear()
             return
-        if raw.rate is None or self._won:  # to be compared with what raw is now
-            pause = SHORT_PAUSE
+        elif self._won:
+            pause = self._compare_anew()
         else:
             pause = min(2 * self._pauses.get(option, FIRST_PAUSE // 2), LAST_PAUSE)
             self._pauses[option] = pause
+            kept = min(1.0, ours.rate * self._streams / promise)
+            self._resting[option] = _Rest(pause, kept)
         _log.debug("%s rests for %d bytes: %s, raw %s a stream", option, pause, ours, raw)
-        for other in OPTIONS:  # their turn comes before this one's
-            self._resting[other] = max(self._resting.get(other, 0), min(pause, OTHERS_PAUSE))
-        self._resting[option] = pause
-        self._raw.settle(SETTLING * self._streams)  # what a slow codec left unused goes first
         self._renew()
+
+    def _compare_anew(self) -> int:
+        """With what raw is now: all options rest for a moment."""
+        for option in OPTIONS:
+            self._resting.setdefault(option, _Rest(SHORT_PAUSE))
+        return SHORT_PAUSE
 
 
 class AdaptiveChooser:
-    """The chooser of production. *threads*: encoders that run at once (streams, or cores)."""
+    """The chooser of production. *threads*: encoders that run at once (streams, or cores).
+
+    Runs are timed by *clock*, samples by what a thread has *spent*: they are so short that
+    waiting for a core or for the interpreter would be most of it.
+    """
 
     def __init__(
-        self, streams: int, threads: int, clock: Callable[[], float] = time.perf_counter
+        self,
+        streams: int,
+        threads: int,
+        clock: Callable[[], float] = time.perf_counter,
+        spent: Callable[[], float] = time.thread_time,
     ) -> None:
         self._threads = max(1, min(streams, threads))
         self._clock = clock
+        self._spent = spent
         self._lock = threading.Lock()
         self._meter = LinkMeter(streams)
         self._trials = Trials(streams)
+        self._promises: dict[Option, float] = {}  # for which each was chosen the last time
         self._subjects: dict[int, _Subject] = {}
         self.decisions: deque[Decision] = deque(maxlen=KEPT_DECISIONS)
 
@@ -361,7 +405,13 @@ class AdaptiveChooser:
         """See Chooser."""
         with self._lock:
             self._meter.sent(len(run.payload), seconds)
-            self._trials.ended(run.option, run.size, run.seconds + seconds)
+            self._trials.ended(
+                run.option,
+                run.size,
+                run.seconds + seconds,
+                promise=self._promises.get(run.option, 0.0),
+                link=self._meter.rate or 0.0,
+            )
 
     def _sample(self, encoder: Encoder, subject: _Subject, raw: memoryview, most: int) -> None:
         """Try the options on parts of a run, of *most* bytes each."""
@@ -373,9 +423,9 @@ class AdaptiveChooser:
             part = raw[start : start + size]
             if not encoder.has_done(option.codec, option.level):  # it makes its buffers then
                 encoder.encode(option.codec, part[:SMALLEST], option.level)
-            began = self._clock()
+            began = self._spent()
             packed = len(encoder.encode(option.codec, part, option.level))
-            seconds = self._clock() - began
+            seconds = self._spent() - began
             if option in subject.proven:
                 # A short sample is rarely interrupted and knows nothing of a busy machine:
                 # it may only creep back towards hope.
@@ -394,10 +444,17 @@ class AdaptiveChooser:
             subject.figures[option] = new
 
     def _decide(self, info: ObjectInfo, subject: _Subject, sampled: bool) -> Option:
-        figures = {o: f for o, f in subject.figures.items() if not self._trials.is_resting(o)}
-        option = choose(figures, self._meter.rate, self._threads)
-        subject.judged = self._meter.rate
+        link, strain = self._meter.rate, self._trials.strain
+        figures = {
+            o: Figure(speed=f.speed * strain, ratio=f.ratio)
+            for o, f in subject.figures.items()
+            if not self._trials.is_resting(o)
+        }
+        option = choose(figures, link, self._threads, subject.option)
+        subject.judged = link
         if option != subject.option:
+            if link is not None and option in figures:
+                self._promises[option] = predict(figures[option], link, self._threads)
             subject.option = option
             subject.interval = FIRST_INTERVAL
             decision = Decision(

@@ -361,6 +361,44 @@ def test_a_link_that_slows_down_is_answered_by_the_figures_at_hand() -> None:
     assert chooser.encode(encoder, INFO, floats).codec is not Codec.RAW
 
 
+def test_samples_are_timed_without_what_their_thread_waited_for() -> None:
+    class Interrupted(Encoder):
+        def encode(self, codec: Codec, raw: memoryview, level: int = 1) -> memoryview:
+            clock.now += 100.0
+            spent.now += len(raw) / 1e9
+            return super().encode(codec, raw, level)
+
+    clock, spent = Clock(), Clock()
+    chooser = AdaptiveChooser(2, 2, clock, spent)
+    chooser._meter.rate = 1e8
+    assert chooser.encode(Interrupted(), INFO, brain_floats()).codec is not Codec.RAW
+
+
+def test_what_slowed_one_codec_down_is_expected_of_the_others() -> None:
+    """Both levels of zstd promise 1.4 of a link of 1.1 GB/s; the first brings half of the link."""
+
+    class Timed(Encoder):
+        def encode(self, codec: Codec, raw: memoryview, level: int = 1) -> memoryview:
+            spent.now += len(raw) / (1e9 if codec is Codec.ZSTD else 0.5e9)
+            return super().encode(codec, raw, level)
+
+    spent, link = Clock(), 1.1e9
+    chooser, encoder, floats = AdaptiveChooser(2, 2, spent, spent), Timed(), brain_floats()
+    chooser._meter.rate = link
+    for _ in range(10):
+        chooser._trials.ended(RAW, 2 << 20, (2 << 20) / (link / 2), promise=0.0, link=link)
+    went = []
+    for _ in range(60):
+        run = chooser.encode(encoder, INFO, floats)
+        went.append(run.option)
+        rate = link if run.option == RAW else 0.5 * link
+        promise = chooser._promises.get(run.option, 0.0)
+        seconds = len(floats) / (rate / 2)
+        chooser._trials.ended(run.option, len(floats), seconds, promise=promise, link=link)
+    assert set(went) == {RAW, went[0]}
+    assert went[0] in OPTIONS[:2]
+
+
 def test_the_first_time_of_an_encoder_is_no_measure() -> None:
     class Cold(Encoder):
         def encode(self, codec: Codec, raw: memoryview, level: int = 1) -> memoryview:

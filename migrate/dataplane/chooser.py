@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -45,7 +45,8 @@ SAMPLES = {
 }
 SMALLEST = 32 << 10  # bytes of one, of an object that is not worth more
 SAMPLE_CREEP = 1.1  # how much faster than its runs a sample may make a codec look
-FIRST_INTERVAL, LAST_INTERVAL = 16, 256  # runs between samples of an object
+FIRST_SAMPLES = 4  # of an object, of its first runs: its parts may differ
+FIRST_INTERVAL, LAST_INTERVAL = 16, 256  # runs between those after
 HOPELESS = 0.8  # of what raw brings: an object of which no option promises more is left alone
 WEIGHT = 0.25  # of a new measurement in an average
 KEPT_DECISIONS = 64
@@ -261,8 +262,10 @@ class _Subject:
 
     def __init__(self) -> None:
         self.figures: dict[Option, Figure] = {}
+        self.measured: Counter[Option] = Counter()
         self.proven: set[Option] = set()  # speed known from whole runs
         self.option = RAW
+        self.samples = 0
         self.interval = FIRST_INTERVAL
         self.until_sample = 0
         self.judged: float | None = -1.0  # the link when it was last decided
@@ -385,7 +388,8 @@ class AdaptiveChooser:
             subject = self._subjects.setdefault(info.id, _Subject())
             self._trials.began(len(raw))
             due = self._meter.rate is not None and subject.until_sample <= 0
-            subject.until_sample = subject.interval if due else subject.until_sample - 1
+            subject.samples += due
+            subject.until_sample = self._pause(subject) if due else subject.until_sample - 1
             if not due and subject.option is RAW and subject.judged == self._meter.rate:
                 return pack(encoder, RAW, raw)  # nothing is new
         if due:
@@ -438,10 +442,14 @@ class AdaptiveChooser:
     ) -> None:
         new = Figure(speed=raw / max(seconds, 1e-9), ratio=raw / max(packed, 1))
         with self._lock:
-            old = subject.figures.get(option)
-            if old is not None:
-                new = Figure(speed=slowed(old.speed, new.speed), ratio=slowed(old.ratio, new.ratio))
-            subject.figures[option] = new
+            subject.measured[option] += 1
+            # The first ones count alike: an object's parts differ.
+            weight = max(1 / subject.measured[option], WEIGHT)
+            old = subject.figures.get(option, new)
+            subject.figures[option] = Figure(
+                speed=slowed(old.speed, new.speed, weight),
+                ratio=slowed(old.ratio, new.ratio, weight),
+            )
 
     def _decide(self, info: ObjectInfo, subject: _Subject, sampled: bool) -> Option:
         link, strain = self._meter.rate, self._trials.strain
@@ -467,9 +475,14 @@ class AdaptiveChooser:
             self.decisions.append(decision)
             _log.debug("%s", decision)
         elif sampled:
-            hopeless = is_hopeless(subject.figures, self._meter.rate, self._threads)
-            subject.interval = (
-                LAST_INTERVAL if hopeless else min(2 * subject.interval, LAST_INTERVAL)
-            )
-            subject.until_sample = subject.interval
+            if is_hopeless(subject.figures, self._meter.rate, self._threads):
+                subject.interval = LAST_INTERVAL
+            elif subject.samples > FIRST_SAMPLES:
+                subject.interval = min(2 * subject.interval, LAST_INTERVAL)
+            subject.until_sample = self._pause(subject)
         return option
+
+    @staticmethod
+    def _pause(subject: _Subject) -> int:
+        few = subject.samples < FIRST_SAMPLES and subject.interval == FIRST_INTERVAL
+        return 0 if few else subject.interval

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import tempfile
@@ -150,15 +151,13 @@ def codecs(link: float | None) -> dict[str, Way]:
 def interleaved(ways: Mapping[str, Way], job: Job, repeat: int) -> dict[str, Any]:
     """Run all ways in turn, *repeat* times; medians, and ratios within each turn.
 
-    Each turn begins with another way, so that none always comes after the same one.
+    Each turn has an order of its own, so that none always comes after the same one.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in ways}
-    names = list(ways)
-    for turn in range(repeat):
-        at = turn % len(names)
-        for name in (*names[at:], *names[:at]):
+    first, order = next(iter(ways)), random.Random(1)
+    for _ in range(repeat):
+        for name in order.sample(list(ways), len(ways)):
             samples[name].append(ways[name](job))
-    first = names[0]
     return {
         name: {
             f"ratio to {first}": round(

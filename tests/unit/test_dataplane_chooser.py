@@ -361,6 +361,17 @@ def test_a_link_that_slows_down_is_answered_by_the_figures_at_hand() -> None:
     assert chooser.encode(encoder, INFO, floats).codec is not Codec.RAW
 
 
+def test_an_object_of_different_parts_is_not_judged_by_its_first() -> None:
+    noise = memoryview(bytearray(os.urandom(1 << 20)))
+    chooser, encoder, floats = Links(1e6), Encoder(), brain_floats()
+    assert chooser.encode(encoder, INFO, noise).option == RAW
+    for _ in range(20):
+        run = chooser.encode(encoder, INFO, floats)
+    assert run.codec is not Codec.RAW
+    ratio = chooser._subjects[1].figures[run.option].ratio
+    assert ratio > 1.15, "half of what was looked at, not a quarter"
+
+
 def test_samples_are_timed_without_what_their_thread_waited_for() -> None:
     class Interrupted(Encoder):
         def encode(self, codec: Codec, raw: memoryview, level: int = 1) -> memoryview:

@@ -468,14 +468,14 @@ class AdaptiveChooser:
             decision = Decision(
                 object_id=info.id,
                 option=str(option),
-                link=self._meter.rate,
+                link=link,
                 threads=self._threads,
                 figures={str(o): f for o, f in subject.figures.items()},
             )
             self.decisions.append(decision)
             _log.debug("%s", decision)
         elif sampled:
-            if is_hopeless(subject.figures, self._meter.rate, self._threads):
+            if is_hopeless(subject.figures, link, self._threads):
                 subject.interval = LAST_INTERVAL
             elif subject.samples > FIRST_SAMPLES:
                 subject.interval = min(2 * subject.interval, LAST_INTERVAL)

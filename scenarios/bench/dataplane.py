@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,11 @@ def codecs(link: float | None) -> dict[str, Way]:
     return ways
 
 
+def times(theirs: Iterable[float], ours: Iterable[float]) -> float:
+    """How many times as long theirs took, the median of the turns."""
+    return statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
+
+
 def interleaved(ways: Mapping[str, Way], job: Job, repeat: int) -> dict[str, Any]:
     """Run all ways in turn, *repeat* times; medians, and ratios within each turn.
 
@@ -161,17 +166,10 @@ def interleaved(ways: Mapping[str, Way], job: Job, repeat: int) -> dict[str, Any
     return {
         name: {
             f"ratio to {first}": round(
-                statistics.median(
-                    base.seconds / one.seconds
-                    for base, one in zip(samples[first], taken, strict=True)
-                ),
-                3,
+                times((s.seconds for s in samples[first]), (s.seconds for s in taken)), 3
             ),
             f"cpu ratio to {first}": round(
-                statistics.median(
-                    base.cpu / one.cpu for base, one in zip(samples[first], taken, strict=True)
-                ),
-                3,
+                times((s.cpu for s in samples[first]), (s.cpu for s in taken)), 3
             ),
             "GB/s": round(job.size / statistics.median(s.seconds for s in taken) / 1e9, 3),
             "cpu seconds per GB": round(
@@ -234,13 +232,7 @@ def rival_claims(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 def codec_claims(name: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The claims about one kind of data on one link: medians of the ratios within turns."""
     ours = found["adaptive"]["seconds"]
-    of = {
-        way: statistics.median(
-            theirs / mine for theirs, mine in zip(one["seconds"], ours, strict=True)
-        )
-        for way, one in found.items()
-        if way != "adaptive"
-    }
+    of = {way: times(one["seconds"], ours) for way, one in found.items() if way != "adaptive"}
     claims = [("best fixed codec", min(of.values()), OF_BEST), ("raw", of["raw"], OF_RAW)]
     if name == "bf16, 1 Gbit/s":
         claims.append(("raw", of["raw"], BF16_GAIN))

@@ -40,6 +40,7 @@ class Host:
 
     def __init__(self, root: Path, slot_offset: int, profile: str = "mi210x2") -> None:
         root.mkdir(parents=True, exist_ok=True)
+        self.root = str(root)
         self.paths = HostPaths.under(root)
         self.engine = ReexecEngine(self.paths)
         ready, write = os.pipe()
@@ -90,7 +91,7 @@ class Job:
         command += ["--log", str(self.log), "--result", str(self.result)]
         command += [*SIZE, *(options or ("--until", str(self._end)))]  # the last one counts
         environment = os.environ | {
-            "MIGRATE_HOST_ROOT": str(Path(host.paths.kfd).parent),
+            "MIGRATE_HOST_ROOT": host.root,
             "MIGRATE_PTRACER": str(os.getpid()),
         }
         with self.errors.open("ab") as errors:
@@ -146,6 +147,20 @@ def job(host: Host, folder: Path, name: str, *options: str) -> Iterator[Job]:
     finally:
         started.popen.kill()
         started.popen.wait()
+
+
+@contextlib.contextmanager
+def dying_agent(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], bytes]]:
+    """An agent process (see engine_agent) and what it said before it is killed."""
+    command = [sys.executable, "-m", "tests.integration.engine_agent", *arguments]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY
+    ) as found:
+        try:
+            assert found.stdout is not None
+            yield found, found.stdout.readline().strip()
+        finally:
+            found.kill()
 
 
 def pause_and_checkpoint(kfd: Any) -> Checkpointed:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +13,9 @@ from migrate.errors import MigrateError, NoSuchProcess, ProcessExited
 from migrate.kfd.file import open_device
 from migrate.kfd.process import resume
 from tests.integration.engine_rig import (
-    REPOSITORY,
     Host,
     build,
+    dying_agent,
     hosts,
     job,
     pause_and_checkpoint,
@@ -32,30 +29,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
         yield found
 
 
-def root(host: Host) -> str:
-    return str(Path(host.paths.kfd).parent)
-
-
-@contextlib.contextmanager
-def agent(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], bytes]]:
-    """An agent process and what it said before it is killed."""
-    command = [sys.executable, "-m", "tests.integration.engine_agent", *arguments]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY
-    ) as found:
-        try:
-            assert found.stdout is not None
-            yield found, found.stdout.readline().strip()
-        finally:
-            found.kill()
-
-
 def test_agent_killed_in_a_snapshot_leaves_the_process_running(
     pair: list[Host], tmp_path: Path
 ) -> None:
     with job(pair[0], tmp_path, "seen") as found:
         process = found.running()
-        with agent("snapshot", root(pair[0]), str(process.pid)) as (dying, said):
+        with dying_agent("snapshot", pair[0].root, str(process.pid)) as (dying, said):
             assert said == b"paused"
             assert procfs.all_stopped(process.pid)
             assert procfs.tracer(process.pid) != 0
@@ -68,7 +47,7 @@ def test_agent_killed_in_a_snapshot_leaves_the_process_running(
 def test_agent_killed_while_it_visits_a_frozen_process(pair: list[Host], tmp_path: Path) -> None:
     with job(pair[0], tmp_path, "frozen") as found:
         process = found.running()
-        with agent("frozen", root(pair[0]), str(process.pid)) as (dying, said):
+        with dying_agent("frozen", pair[0].root, str(process.pid)) as (dying, said):
             assert said == b"paused"
             dying.kill()
         until(lambda: procfs.tracer(process.pid) == 0, "it is let go")
@@ -83,7 +62,7 @@ def test_agent_killed_while_it_visits_a_frozen_process(pair: list[Host], tmp_pat
 def test_agent_killed_while_it_builds_ends_the_copy(pair: list[Host], tmp_path: Path) -> None:
     with job(pair[0], tmp_path, "source") as found:
         process = found.running()
-        with agent("building", root(pair[0]), str(process.pid), root(pair[1])) as (dying, said):
+        with dying_agent("building", pair[0].root, str(process.pid), pair[1].root) as (dying, said):
             copy = procfs.reference(int(said))
             dying.kill()
         until(lambda: not procfs.is_alive(copy), "the copy ends")

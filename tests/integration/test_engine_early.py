@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from migrate.engine.document import Spawn
 from migrate.engine.reexec import ReexecEngine
 from migrate.errors import EngineUnsupported, NoSuchProcess, RestoreFailed
 from migrate.model import ProcessRef
-from tests.integration.engine_rig import REPOSITORY, Host, hosts, job, migrate, until
+from tests.integration.engine_rig import Host, dying_agent, hosts, job, migrate, until
 
 
 @pytest.fixture
@@ -102,18 +100,10 @@ def test_discard_ends_what_was_begun(pair: list[Host], tmp_path: Path) -> None:
 def test_it_ends_with_an_agent_that_is_killed(pair: list[Host], tmp_path: Path) -> None:
     source, target = pair
     with job(source, tmp_path, "orphan") as running:
-        roots = [str(Path(host.paths.kfd).parent) for host in (source, target)]
-        command = [sys.executable, "-m", "tests.integration.engine_agent", "ahead", roots[0]]
-        with subprocess.Popen(
-            [*command, str(running.running().pid), roots[1]],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=REPOSITORY,
-        ) as agent:
-            assert agent.stdout is not None
-            early = procfs.reference(int(agent.stdout.readline()))
+        pid = str(running.running().pid)
+        with dying_agent("ahead", source.root, pid, target.root) as (_, said):
+            early = procfs.reference(int(said))
             assert procfs.is_alive(early)
-            agent.kill()
         until(lambda: not procfs.is_alive(early), "its end")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
@@ -15,7 +14,7 @@ from migrate.engine.reexec import ReexecEngine, decode_tree
 from migrate.errors import EngineUnsupported
 from migrate.model import ProcessRef
 from scenarios.cluster import Cluster, wait_until
-from tests.integration.engine_rig import REPOSITORY
+from tests.integration.engine_rig import dying_agent
 from tests.integration.test_sharing import NEWER, PATIENCE, Sharers
 
 pytestmark = pytest.mark.timeout(300)
@@ -103,18 +102,10 @@ def test_an_agent_that_dies_while_it_builds_leaves_no_copy(
     """kill -9; each copy ends by itself, the child's as its parent's."""
     roots = [str(nodes.hosts[name].root) for name in ("a", "b")]
     root, child = tree(program)
-    command = [sys.executable, "-m", "tests.integration.engine_agent", "building"]
-    with subprocess.Popen(
-        [*command, roots[0], str(root.pid), roots[1]],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=REPOSITORY,
-    ) as agent:
-        assert agent.stdout is not None
-        copy = procfs.reference(int(agent.stdout.readline()))
+    with dying_agent("building", roots[0], str(root.pid), roots[1]) as (_, said):
+        copy = procfs.reference(int(said))
         (other,) = procfs.descendants(copy.pid)
         copies = (copy, procfs.reference(other))
-        agent.kill()
     wait_until(lambda: not any(map(procfs.is_alive, copies)), PATIENCE, "the copies to end")
     engine = ReexecEngine(nodes.hosts["a"].paths)
     assert engine.is_frozen(root)

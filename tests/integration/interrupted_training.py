@@ -62,7 +62,9 @@ def main() -> None:
             waiter = program.waiter
             os.close(program.log)
             program = train.Training(runtime, config)
-            program.waiter = waiter  # threads don't outlive a process, but they do this
+            # Threads don't outlive a process, but they do this. One that was broken off before
+            # its start would never wait for anything.
+            program.waiter = waiter if waiter is not None and waiter.ident is not None else None
             record = runtime.state(Record) or record
             continue
         finally:

@@ -43,7 +43,7 @@ def test_every_operation_may_be_broken_off_anywhere_and_repeated(
     log, result = tmp_path / "broken.log", tmp_path / "broken.json"
     command = [sys.executable, "-m", "tests.integration.interrupted_training", str(seed)]
     command += ["--steps", "60", "--log", str(log), "--result", str(result), *SIZE]
-    environment = os.environ | {"MIGRATE_HOST_ROOT": str(Path(host.paths.kfd).parent)}
+    environment = os.environ | {"MIGRATE_HOST_ROOT": host.root}
     done = subprocess.run(
         command,
         env=environment,
